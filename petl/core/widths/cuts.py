@@ -82,7 +82,7 @@ def at_width_in_config(config: Any, widths: Mapping[str, int], k: int, scale: st
     pattern = {key: min(k, rank) for key, rank in (facts.rank_pattern or {}).items()}
     # narrower by the width of the model
     narrower = {p: w for p, w in widths.items() if pattern_value(pattern, p, k) > w}
-    fields: dict[str, Any] = {"r": k}
+    fields: Fields = {"r": k}
     if pattern or narrower:
         fields["rank_pattern"] = narrower | pattern
     if facts.lora_alpha is not None:

@@ -94,9 +94,10 @@ def _layers(model: PeftModel, name: str) -> Iterator[tuple[str, Any]]:
             yield path, layer
 
 
-def _tensors(layer: Any, name: str) -> dict[str, Tensor]:
+def _tensors(layer: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the tensors of petl's adapter on a layer by name; of PEFT's none."""
-    return layer.adapters[name].tensors() if isinstance(layer, AdapterLayer) else {}
+    own = isinstance(layer, AdapterLayer)
+    return cast(Adapter, layer.adapters[name]).tensors() if own else {}
 
 
 class Narrowed:

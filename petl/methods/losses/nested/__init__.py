@@ -33,7 +33,7 @@ one, so that the base's weights are read twice.
 
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -203,7 +203,9 @@ class NestedWidths:
         return self.counted
 
     @torch.compiler.disable
-    def _begin(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _begin(
+        self, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> None:
         """Forward pre-hook of the base model: in a training forward, run the smaller width."""
         self.context.begin(model, args, kwargs)
         # what an aborted forward pass left
@@ -242,7 +244,7 @@ class NestedWidths:
             logger.warning("%s: it has its distance to the full one alone", what)
 
     @torch.compiler.disable
-    def _block(self, path: str, module: nn.Module, args: object, output: Any) -> Any:
+    def _block(self, path: str, module: nn.Module, args: object, output: Any) -> object:
         """Forward hook of a block: keep its output; join the widths at the last one."""
         # neither the pass of the smaller width, nor one that checkpointing repeats
         if self.small is None or not self.context.recording:
@@ -258,8 +260,8 @@ class NestedWidths:
 
     @torch.compiler.disable
     def _end(
-        self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: object
-    ) -> Any:
+        self, model: nn.Module, args: object, kwargs: Mapping[str, object], output: object
+    ) -> object:
         """Forward hook of the base model: compare the widths, and add the value to the loss."""
         small, context, config = self.small, self.context, self.config
         if not context.recording or small is None:

@@ -5,7 +5,7 @@ Shapes: R rows, n of them that the smaller width sees, T tokens, V classes.
 
 import inspect
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from petl.core.widths.switch import Narrowed
 from petl.errors import UnsupportedError
 from petl.methods.losses.nested.config import NestedConfig
 
+Run = Callable[..., object]
 # arguments without rows, whatever their sizes, and those that a pass of its own does not take
 OF_TOKENS = {"cache_position"}
 LEFT_OUT = ("num_items_in_batch", "output_hidden_states", "output_attentions", "past_key_values")
@@ -30,15 +31,14 @@ LEFT_OUT = ("num_items_in_batch", "output_hidden_states", "output_attentions", "
 
 def no_classes(model: nn.Module) -> str:
     """Return why the outputs of a model are no probabilities of classes; "": they may be."""
-    config: Any = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem in ("regression", "multi_label_classification"):
         return f"problem_type={problem} has none that exclude each other"
     return ""
 
 
 def inputs_of(
-    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, Any], share: float
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], share: float
 ) -> Arguments:
     """Return the arguments of the smaller width's pass by name: the first ceil(share R) rows.
 
@@ -172,11 +172,11 @@ class SmallPass:
 @contextmanager
 def at_width_in_backward(model: PeftModel, narrowed: Narrowed) -> Generator[None]:
     """Inside the block the model has a width, and so have the blocks that checkpointing repeats."""
-    tuner: Any = model.base_model
+    tuner = model.base_model
     context = tuner.context if isinstance(tuner, AskingTuner) else None
 
-    def again(original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        def inside(*own: Any, **others: Any) -> Any:
+    def again(original: Run, function: Run, *args: object, **kwargs: object) -> object:
+        def inside(*own: object, **others: object) -> object:
             with narrowed.applied(), quiet(context):
                 return function(*own, **others)
 
