@@ -3,7 +3,6 @@
 Shapes: R rows, n of them that the smaller width sees, T tokens, V classes.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.class_swap import original_class
-from petl.core.layers.context import ForwardContext, counted_labels, is_encoder_decoder
+from petl.core.layers.context import (
+    ForwardContext,
+    arguments_of_forward,
+    counted_labels,
+    is_encoder_decoder,
+)
 from petl.core.tuners.asking import AskingTuner
 from petl.core.types import Arguments
 from petl.core.widths.switch import Narrowed
@@ -45,9 +49,7 @@ def inputs_of(
     Raises:
         UnsupportedError: a cache is given, or an argument has another number of rows.
     """
-    unswapped: Any = original_class(model)
-    parameters = inspect.signature(unswapped.forward).parameters
-    names = [*parameters][1:]
+    names = arguments_of_forward(original_class(model))
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     if inputs.get("past_key_values") is not None:
         raise UnsupportedError(
@@ -71,7 +73,7 @@ def inputs_of(
             )
     kept = {name: value for name, value in inputs.items() if name not in LEFT_OUT}
     fixed = {"use_cache": False, "return_dict": True}
-    return kept | {name: value for name, value in fixed.items() if name in parameters}
+    return kept | {name: value for name, value in fixed.items() if name in names}
 
 
 class SmallPass:
