@@ -4,6 +4,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from petl.adapters.shrink.command import Work
 from petl.adapters.shrink.source import Source
 from petl.cli.table import ShrinkOptions
@@ -41,7 +43,7 @@ def shrink(options: ShrinkOptions) -> None:
 def recover(work: Work, record: Record, options: ShrinkOptions) -> None:
     """Train a LoRA on the small model, merge it, and write the result."""
     try:
-        train(work.recovery(record, options.rank, options.recover))
+        train(DictConfig(work.recovery(record, options.rank, options.recover)))
     except WrappedError as passing:
         error = passing.error
         # what it says is how to resume the run alone

@@ -177,7 +177,7 @@ class Shows(Protocol):
     shown: ClassVar[tuple[str, ...]]
 
 
-def input_columns(task: Shows, names: Iterable[str]) -> list[str]:
+def input_columns(task: Shows | type[Shows], names: Iterable[str]) -> list[str]:
     """The columns of raw rows that are their input; empty if they are unknown."""
     # `given`: columns for the reward of an answer
     found = [n for n in names if (n in task.shown or n in CONTENT) and n != "given"]

@@ -283,7 +283,7 @@ def stream_splits(
 
 
 def splits_to_score(
-    task: Task, processor: Processor, rows: Iterable[Mapping[str, object]], multiple: int = 1
+    task: Task, processor: Processor, rows: Iterable[Row], multiple: int = 1
 ) -> Splits:
     """Return the splits of rows that are only scored, as `read_inputs` reads them."""
     sources = numbered(Dataset.from_list([*task.rows_to_score([*rows])]))

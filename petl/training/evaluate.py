@@ -40,7 +40,7 @@ from petl.training.runs.settings import TrainConfig
 
 SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 logger = logging.getLogger(__name__)
-KnownScores = Callable[[PeftModel, Task, Accelerator], dict[str, float] | None]
+KnownScores = Callable[[PreTrainedModel | PeftModel, Task, Accelerator], dict[str, float] | None]
 REPORT_ROWS = 256  # assumption: enough test rows for metrics of extra losses, which are slow
 
 

@@ -4,13 +4,13 @@ Shapes: B rows, T tokens of the longest prompt.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.parameters import max_positions
 from petl.core.types import Arguments, CausalModel, Processor, base_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def written(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     processor: Processor,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -53,7 +53,7 @@ def written(
     more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}
     if len(prompts) == 1 and task_ids is None and not isinstance(prompts[0], ImagePrompt):
         more = free_drafts(model)
-    generated = model.generate(
+    generated = cast(CausalModel, model).generate(
         **more,
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         max_new_tokens=max_new_tokens,
@@ -89,7 +89,7 @@ def positions_behind(base: CausalModel, longest: int) -> int | None:
 _drafters: "WeakKeyDictionary[CausalModel, Drafter]" = WeakKeyDictionary()  # by base model
 
 
-def free_drafts(model: PeftModel) -> Arguments:
+def free_drafts(model: PreTrainedModel | PeftModel) -> Arguments:
     """Return arguments of `generate` that draft, see petl.drafting; empty if that is not possible.
 
     Below float32, where drafts may change an answer where two tokens are nearly equally likely,
@@ -109,7 +109,7 @@ def free_drafts(model: PeftModel) -> Arguments:
     return {"custom_generate": decode, "drafter": _drafters[base]}
 
 
-def is_pair(model: PeftModel) -> bool:
+def is_pair(model: PreTrainedModel | PeftModel) -> bool:
     """Return True if the model is an encoder with a decoder."""
     base = base_of(model)
     return base.config.is_encoder_decoder

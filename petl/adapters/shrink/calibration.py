@@ -4,7 +4,7 @@ Shapes: T tokens, I inputs of a layer.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -67,9 +67,9 @@ class InputSums:
                 hook.remove()
         # a process may have no batch
         parts = [p for p in distributed.gathered((self.squares, self.means)) if p[0]]
-        self.squares = {path: sum(squares[path] for squares, _ in parts) for path in self.before}
+        self.squares = {path: total(p[0][path] for p in parts) for path in self.before}
         if self.with_means:  # the last entry is the number of tokens
-            sums = {path: sum(own[path] for _, own in parts) for path in self.before}
+            sums = {path: total(p[1][path] for p in parts) for path in self.before}
             self.means = {path: own[:-1] / own[-1] for path, own in sums.items()}
         return importance
 
@@ -119,3 +119,8 @@ class InputSums:
         sums = x_TI.sum(0, dtype=torch.float32) if self.with_means else norms[:0]
         count = norms.new_full((1,), len(x_TI))
         self.running[path] = norms.square(), torch.cat([sums, count])
+
+
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sum of some tensors, at least one."""
+    return reduce(torch.add, tensors)

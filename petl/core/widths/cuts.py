@@ -8,7 +8,7 @@ widths are prefixes of one sum, or the one that a run of its own at rank k has (
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from torch import Tensor
@@ -18,7 +18,7 @@ from petl.core.registry import method_of
 from petl.core.spec.checks import pattern_value, rank_of
 from petl.core.spec.facts import facts_of
 from petl.core.types import Fields
-from petl.core.widths.components import Components
+from petl.core.widths.components import Components, Ordered
 from petl.errors import InputError, UnsupportedError
 
 ORDERED = "lora, rslora, dora, mola, adapter and compacter have"
@@ -33,7 +33,7 @@ def components_of(config: PeftConfig) -> Mapping[str, Components]:
     entry = method_of(config)
     name = config.peft_type if entry is None else entry.name
     reason = "its components have no order" if entry is None else entry.components
-    found = reason(config) if callable(reason) else reason
+    found = cast(Ordered, reason(config) if callable(reason) else reason)
     if isinstance(found, str):
         raise UnsupportedError(
             f"an adapter of {name} has no widths, components of which the first work alone: "
@@ -86,7 +86,7 @@ def at_width_in_config(config: Any, widths: Mapping[str, int], k: int, scale: st
     if pattern or narrower:
         fields["rank_pattern"] = narrower | pattern
     if facts.lora_alpha is not None:
-        fields |= _alphas(config, widths, k, scale)
+        fields |= _alphas(config, facts.lora_alpha, widths, k, scale)
     if narrower and not hasattr(config, "rank_pattern"):
         path, width = next(iter(narrower.items()))
         raise InputError(f"width={k} is above {width}, the width of {path}; take a smaller one")
@@ -94,17 +94,16 @@ def at_width_in_config(config: Any, widths: Mapping[str, int], k: int, scale: st
     return found
 
 
-def _alphas(config: Any, widths: Mapping[str, int], k: int, scale: str) -> Fields:
+def _alphas(config: Any, given: float, widths: Mapping[str, int], k: int, scale: str) -> Fields:
     """Return the fields with which the scale of each layer is that of width `k`."""
-    facts = facts_of(config)
     ratio = scale_ratio(config, k, config.r, "width") if scale == "full" else 1.0
-    alpha = _whole(facts.lora_alpha * ratio)
+    alpha = _whole(given * ratio)
     # of petl's methods, the scale is lora_alpha / r in all layers
     if not hasattr(config, "alpha_pattern"):
         return {"lora_alpha": alpha}
     others = {}
     for path, width in widths.items():
-        own = pattern_value(config.alpha_pattern, path, facts.lora_alpha)
+        own = pattern_value(config.alpha_pattern, path, given)
         cut = scale_ratio(config, min(k, width), width, "width") if scale == "full" else 1.0
         if _whole(own * cut) != alpha:
             others[path] = _whole(own * cut)

@@ -337,13 +337,14 @@ def loader_of(task: Task, config: PretrainedConfig, source: ModelSource) -> Gene
 
     Models that it has loaded are of the usual class afterwards.
     """
-    widths = read_widths(source.where()) if isinstance(source, Folder) else {}
-    if not widths:
+    folder = source.where() if isinstance(source, Folder) else None
+    widths = read_widths(folder) if folder else {}
+    if folder is None or not widths:
         yield task.auto_class
         return
     # the auto class builds models of one class for each config
     cls = _get_model_class(config, task.auto_class._model_mapping)
-    with changed_class(cls, lambda model: put_widths(model, widths, source.where())) as loader:
+    with changed_class(cls, lambda model: put_widths(model, widths, folder)) as loader:
         yield loader
 
 

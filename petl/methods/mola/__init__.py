@@ -24,7 +24,8 @@ them during backward, so there each forward needs its backward before the next t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, cast
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -381,7 +382,7 @@ class Mola(Method[MolaConfig, MolaAdapter]):
     }
     strength_tensors = ("lora_B",)
     # those of each expert
-    components: ClassVar = {"lora_A": Components(0, None), "lora_B": Components(1, None)}
+    components = MappingProxyType({"lora_A": Components(0, None), "lora_B": Components(1, None)})
 
     def settings(self, c: WrapContext[MolaConfig]) -> dict[str, Settings]:
         """Number of experts, weight in the balance loss and router chain of each target.

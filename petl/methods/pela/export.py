@@ -135,7 +135,8 @@ def load(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
         config, folder, lambda model: put_low_rank(model, ranks, folder / RANKS), RANKS
     )
     for path in ranks:
-        with_weight(model.get_submodule(path))  # the loader has made new tensors
+        # the loader has made new tensors
+        with_weight(cast(nn.Sequential, model.get_submodule(path)))
     return model
 
 
