@@ -250,9 +250,10 @@ def of_training(found: Scored) -> list[str]:
 
 
 def mean_of(measure: Measure, values: dict[str, float]) -> str:
-    """Return the mean over seeds; of accuracies with the standard deviation."""
+    """Return the mean over seeds; of scores in points with the standard deviation."""
     found = list(values.values())
-    return mean_text(measure.name, found) if measure is ACCURACY else measure.show(fmean(found))
+    in_points = measure.unit == ACCURACY.unit
+    return mean_text(measure.name, found) if in_points else measure.show(fmean(found))
 
 
 def at_the_edge(claim: Claim, result: Result | None) -> list[str]:
