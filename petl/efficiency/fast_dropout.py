@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from petl.core.layers.class_swap import AdapterDict, SwappedClass, swap_class
 from petl.core.support import Capability
 from petl.efficiency.rewrite import Rewrite, Value
-from petl.ops.dropout import keep_mask
-
-BITS = 16
+from petl.ops.dropout import dropout
 
 
 class _FastDropout(SwappedClass):
@@ -30,8 +28,7 @@ class _FastDropout(SwappedClass):
         plain = not self.training or self.p in (0, 1) or self.inplace
         if plain or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        mask, mean = keep_mask(x, self.p, bits=BITS)
-        return (x * mask).mul_(1 / mean)
+        return dropout(x, self.p)
 
 
 class FastDropout(Rewrite):

@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
+BITS = 16  # of a value of `dropout`
 READ_AS = {8: torch.uint8, 16: torch.int16}  # random bits of a value, by their number
 
 
@@ -29,3 +31,14 @@ def keep_mask(
     words.random_(-(2**63), None, generator=generator)
     mask = words.view(read_as)[: x.numel()] >= torch.iinfo(read_as).min + limit
     return mask.view(torch.uint8).view(x.shape), 1 - limit / levels
+
+
+def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return `x` after dropout with probability p in (0, 1), from 16 random bits a value on a CPU.
+
+    A TorchFunctionMode gets the call as it gets those of torch.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(dropout, (x,), x, p, generator)
+    mask, mean = keep_mask(x, p, generator, bits=BITS)
+    return (x * mask).mul_(1 / mean)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petl.core.serving.mixed_batch import stacked
+from petl.ops.dropout import dropout as fast_dropout
 from petl.ops.grouped_low_rank import (
     add_grouped_low_rank,
     grouped_low_rank_linear,
@@ -336,6 +337,8 @@ class RowDropout(TorchFunctionMode):
         if not _is_alone.get():
             if func is F.dropout:
                 return self.dropout(*args, **given)
+            if func is fast_dropout:
+                return self.fast_dropout(*args, **given)
             if func is F.scaled_dot_product_attention:
                 return self.attention(*args, **given)
             if func is torch.rand and args[:1] == ([],):
@@ -355,6 +358,13 @@ class RowDropout(TorchFunctionMode):
         for own, generator in zip(mask.chunk(len(self.generators)), self.generators, strict=True):
             own.bernoulli_(1 - p, generator=generator)
         return x * mask.div_(1 - p)
+
+    def fast_dropout(self, x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+        """Return `x` after `petl.ops.dropout.dropout`."""
+        if generator is not None or len(x) != self.rows:
+            return fast_dropout(x, p, generator)
+        parts = zip(x.chunk(len(self.generators)), self.generators, strict=True)
+        return torch.cat([fast_dropout(own, p, each) for own, each in parts])
 
     def attention(
         self,
