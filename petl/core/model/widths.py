@@ -15,9 +15,9 @@ from petl.core.model.linear import LINEAR_KINDS
 from petl.core.model.mlp import matrix_of, note_shape
 from petl.core.spec.config import require
 from petl.errors import InputError
+from petl.system.files.paths import WIDTHS as FILE
 from petl.system.files.read import read_json
 
-FILE = "widths.json"
 Widths = Mapping[str, list[int]]  # by path of a linear layer, its inputs and outputs
 
 

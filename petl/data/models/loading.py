@@ -21,8 +21,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
-from petl.core.model.changed import changed_class
-from petl.core.model.widths import put_widths, read_widths
 from petl.core.parameters import max_positions, within_memory
 from petl.core.types import Fields
 from petl.data.models.quantization import keep_gradients, quantization_config
@@ -37,6 +35,7 @@ from petl.data.models.sources import (
 from petl.data.tasks.base import P, Task, tokenizer_in
 from petl.errors import InputError, first_line
 from petl.system.files.disk import check_link
+from petl.system.files.paths import WIDTHS
 from petl.system.progress import Pass
 
 # arguments of a tokenizer that name a folder, or say that it was one
@@ -249,8 +248,11 @@ def meta_model(
     trusted = source.options()["trust_remote_code"]
     with torch.device("meta"):
         model = task.auto_class.from_config(config, trust_remote_code=trusted, **settings)
-        if isinstance(source, Folder):
-            put_widths(model, read_widths(source.where()), source.where())
+        folder = folder_with_widths(source)
+        if folder is not None:
+            from petl.core.model.widths import put_widths, read_widths
+
+            put_widths(model, read_widths(folder), folder)
     model.petl_new_modules = outermost_modules(model, head_keys(model, task))
     return model
 
@@ -331,17 +333,29 @@ def pretrained_model(
     return model
 
 
+def folder_with_widths(source: ModelSource) -> Path | None:
+    """Return the folder of a model with widths.json; None: it has the widths of its config.
+
+    Few models have it: what reads it is imported then alone.
+    """
+    folder = source.where() if isinstance(source, Folder) else None
+    return folder if folder is not None and (folder / WIDTHS).is_file() else None
+
+
 @contextmanager
 def loader_of(task: Task, config: PretrainedConfig, source: ModelSource) -> Generator[Any]:
     """Yield what loads a pretrained model; with widths.json, a class with layers of these widths.
 
     Models that it has loaded are of the usual class afterwards.
     """
-    folder = source.where() if isinstance(source, Folder) else None
-    widths = read_widths(folder) if folder else {}
-    if folder is None or not widths:
+    folder = folder_with_widths(source)
+    if folder is None:
         yield task.auto_class
         return
+    from petl.core.model.changed import changed_class
+    from petl.core.model.widths import put_widths, read_widths
+
+    widths = read_widths(folder)
     # the auto class builds models of one class for each config
     cls = _get_model_class(config, task.auto_class._model_mapping)
     with changed_class(cls, lambda model: put_widths(model, widths, folder)) as loader:

@@ -13,6 +13,7 @@ import yaml
 from petl.errors import InputError, did_you_mean
 
 TERNARY = "ternary.safetensors"  # the tensors of a compressed adapter
+WIDTHS = "widths.json"  # beside a model some of whose layers have other widths than its config says
 LABELS = "labels.json"  # in an adapter's folder: names of the labels of its head
 
 
