@@ -247,7 +247,8 @@ class Loop:
         own = micro[: len(micro) - self.sampler.num_spare_micro_batches(state.step)]
         items = [task.items(batch) for batch in own] + [0] * (len(micro) - len(own))
         tokens = sum(task.count(batch) for batch in own)
-        positions = sum(task.positions(batch) for batch in micro)
+        with self.accelerator.autocast():  # what an embedder computes apart depends on it
+            positions = sum(task.positions(batch) for batch in micro)
         all_items, all_tokens, all_positions = self.counts.total(sum(items), tokens, positions)
         if all_items == 0:
             raise InputError(f"no row of step {state.step} has a label to learn from")

@@ -63,7 +63,8 @@ def wrapped(setup: Setup, bases: Bases | None = None) -> PeftModel:
     check_model(model, settings)
     names = [f"train.{name}" for name in apply_rewrites(model, rewrites_of(settings))]
     if names:
-        logger.info("in less time or memory, with the same result: %s", ", ".join(names))
+        text = "in less time or memory, the same but for rounding and the masks of dropout: %s"
+        logger.info(text, ", ".join(names))
     return model
 
 

@@ -8,10 +8,11 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import petl
+from petl.core.layers.grouped import RowDropout
 from petl.efficiency.fused_lora.layer import FusedLoraLinear
 from petl.efficiency.rewrite import apply_rewrites, rewrite
 from petl.errors import UnsupportedError
-from petl.ops.dropout import keep_mask
+from petl.ops.dropout import dropout, keep_mask
 
 SETTING = "fast_dropout"
 SIZES = {
@@ -84,6 +85,16 @@ def test_the_mean_of_a_mask_is_exact_for_the_rounded_probability(bits, step, p):
     assert (1 - mean) / step == round((1 - mean) / step)
     assert 0 < mean < 1
     assert abs(1 - mean - p) <= step
+
+
+def test_several_adapters_in_one_pass_draw_as_each_alone():
+    x, p, seeds = torch.randn(6, 7), 0.3, (11, 12)
+    with RowDropout([torch.Generator().manual_seed(seed) for seed in seeds], 3):
+        together = dropout(x, p)
+    for seed, rows, found in zip(seeds, x.chunk(2), together.chunk(2), strict=True):
+        torch.manual_seed(seed)
+        assert torch.equal(found, dropout(rows, p))
+    assert not torch.equal(together[:3] == 0, together[3:] == 0)
 
 
 def test_one_seed_gives_one_result_and_copies_draw_the_same():

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from petl.core.layers.class_swap import original_class
-from petl.core.model.mlp import WIDTHS
+from petl.core.model.mlp import WIDTH_FIELDS
 
 Config = Any  # a PretrainedConfig, of any class
 
@@ -26,7 +26,7 @@ def configs_of(config: Config) -> Iterator[Config]:
 def width_fields(config: Config) -> Iterator[tuple[Config, str, int | list[int]]]:
     """Yield each field with a number of channels, as (config, name, value)."""
     for each in configs_of(config):
-        for name in WIDTHS:  # BART has two of them
+        for name in WIDTH_FIELDS:  # BART has two of them
             if name in vars(each):
                 value = getattr(each, name)
                 # GPT-2 and its relatives mean four times the width by null

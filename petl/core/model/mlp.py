@@ -17,7 +17,7 @@ from petl.core.model.structure import feed_forward_layers, owners_of_experts, wi
 from petl.errors import UnsupportedError
 
 # fields of configs, and attributes of modules, that have the number of channels
-WIDTHS = (
+WIDTH_FIELDS = (
     "intermediate_size", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim",
     "ffn_hidden_size", "hidden_dim", "d_inner",
 )  # fmt: skip
@@ -132,5 +132,5 @@ def note_shape(model: nn.Module, path: str) -> None:
     names = ("nx", "nf") if isinstance(layer, Conv1D) else ("in_features", "out_features")
     owner = vars(model.get_submodule(path.rpartition(".")[0]))
     for name, old, new in zip(names, shape_of(layer), (I, O), strict=True):
-        owner |= {key: new for key in WIDTHS if old != new and owner.get(key) == old}
+        owner |= {key: new for key in WIDTH_FIELDS if old != new and owner.get(key) == old}
         setattr(layer, name, new)

@@ -69,14 +69,14 @@ def measured(
     # a model without a vocabulary has no loss on texts
     of_features = not writes(model)
     rows = encode_texts(texts, tokenizer, length, special=of_features)
-    check_tokens(model, rows)
+    check_vocabulary(model, rows)
     if of_features:
         of_texts = drift.of_texts(rows, tokenizer, batch_size)
         return drift.compare(model, of_texts, base=base), rows
     return compare(model, rows, tokenizer, base=base, batch_size=batch_size), rows
 
 
-def check_tokens(model: nn.Module, rows: Iterable[RetainedRow]) -> None:
+def check_vocabulary(model: nn.Module, rows: Iterable[RetainedRow]) -> None:
     """Raise InputError if a text has a token that the model has no embedding of."""
     known = getattr(input_embedding(base_of(model)), "num_embeddings", None)
     most = max((token for row in rows for token in row.ids), default=0)
