@@ -260,7 +260,17 @@ def test_an_address_without_server_is_not_reachable():
     assert not to_wandb.is_reachable("http://127.0.0.1:9")
 
 
-def test_a_key_of_wandb_that_cannot_be_one_is_refused(tmp_path, monkeypatch):
+@pytest.fixture
+def fresh_wandb():
+    """W&B reads a key once a process: one that a test sets stays for no other test."""
+    import wandb
+
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_a_key_of_wandb_that_cannot_be_one_is_refused(tmp_path, monkeypatch, fresh_wandb):
     monkeypatch.setenv("WANDB_API_KEY", "abc")
     tracker = WandbConfig("wandb").tracker()
     with pytest.raises(InputError, match=r"W&B refuses the run: .*40\+ characters"):
