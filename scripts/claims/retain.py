@@ -38,6 +38,7 @@ from petl.training.distributed.launch import start
 from petl.training.evaluate import Evaluator
 from petl.training.retain.compare import retained
 from petl.training.retain.measure import interval_of
+from petl.training.retain.page import TEXTS
 from petl.training.retain.texts import BUNDLED, halves, read_texts
 from petl.training.runs.records import read_results
 
@@ -45,7 +46,7 @@ NAME, RESULT, PICTURE, TURNED = "retain", "retain.json", "retain.svg", "strength
 PUBLISHED = Path(__file__).with_name(RESULT)
 RATES = (3e-4, 1e-3, 3e-3)
 AT = (3e-4, 1e-3)  # rates of LoRA whose test losses are those at which all are compared
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
+STRENGTHS = (0.25, 0.5, 0.75)
 LORA, STRENGTH = "LoRA, by rate", "LoRA at 3e-3, by strength"
 SEEDS = tuple(range(5))
 CALIBRATION = "method.calibration_data"
@@ -115,7 +116,7 @@ COMMON = (
     # eager attention: at these lengths a step in bf16 takes 0.85 of the time of sdpa's on a CPU
     *("model=smollm2", "model.attn=eager", "train.precision=auto", "train.linear_probe=false"),
     *("train.epochs=1", "retain.data={data}/measured.jsonl"),
-    *("retain.rows=64", "retain.max_length=128"),
+    *("retain.rows=32", "retain.max_length=128"),
 )
 JOBS = {
     "verbs": Job(
@@ -131,9 +132,9 @@ JOBS = {
         ),
     ),
     "reasoning": Job(
-        "word problems and sums as chat (reasoning-gym): 300 rows",
+        "word problems and sums as chat (reasoning-gym): 240 rows",
         (
-            *("data=reasoning", "data.train_rows=300", "data.test_rows=100"),
+            *("data=reasoning", "data.train_rows=240", "data.test_rows=64"),
             *("data.max_length=192", "train.batch_size=8", "train.buckets=null"),
         ),
     ),
@@ -158,11 +159,10 @@ def run(folder: Path, *, jobs: int = 1, quick: bool = False) -> None:
     if file.exists():
         found = read_json(file)
     seeds, rates = ((0,), RATES[1:]) if quick else (SEEDS, RATES)
-    for name, job in JOBS.items():
-        if quick and not job.quick:
-            continue
-        known = found.setdefault(name, {})
-        for seed in seeds:
+    trained = {name: job for name, job in JOBS.items() if job.quick or not quick}
+    for seed in seeds:
+        for name, job in trained.items():
+            known = found.setdefault(name, {})
             if str(seed) in known.get(STRENGTH, {}):
                 continue
             points = curves(place / name, job, data, seed, rates, jobs=jobs, quick=quick)
@@ -218,7 +218,8 @@ def curves(
     found: dict[str, dict[str, Point]] = {label: {**base} for label in (*CONTENDERS, STRENGTH)}
     for (label, rate), run in runs.items():
         found[label][f"{rate:g}"] = point_of(run)
-    found[STRENGTH] |= by_strength(runs[LORA, rates[-1]], data / "measured.jsonl")
+    strongest = runs[LORA, rates[-1]]
+    found[STRENGTH] |= {**by_strength(strongest), "1": point_of(strongest)}
     return found
 
 
@@ -228,12 +229,14 @@ def point_of(run: Path) -> Point:
     return scores["after"]["loss"], scores["retained"]["lost"]
 
 
-def by_strength(run: Path, texts: Path) -> dict[str, Point]:
-    """Return the points of an adapter at several strengths, which are kept in its folder."""
+def by_strength(run: Path) -> dict[str, Point]:
+    """Return the points of an adapter below its strength, which are kept in its folder."""
     file = run / TURNED
     if file.exists():
         return {key: (loss, lost) for key, (loss, lost) in read_json(file).items()}
     saved = find(run)
+    texts = [json.loads(line)["text"] for line in (run / TEXTS).open(encoding="utf-8")]
+    length = saved.run_config.resolved["retain"]["max_length"]
     settings, model = saved.run_config.train, saved.model()
     accelerator = start(settings.seed, saved.run_config.precision)
     splits = splits_of(saved, accelerator)
@@ -242,8 +245,7 @@ def by_strength(run: Path, texts: Path) -> dict[str, Point]:
     for strength in STRENGTHS:
         with at_strength(model, strength), accelerator.autocast():
             loss = evaluator.rows(splits.test)["loss"]
-            rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()][:64]
-            measured: Any = retained(model, rows, saved.processor, max_length=128)
+            measured: Any = retained(model, texts, saved.processor, max_length=length)
             found[f"{strength:g}"] = loss, measured.lost
     write_atomic(file, as_json(found, in_order=True))
     return found

@@ -42,7 +42,9 @@ MAX_LENGTH = 256
 FEWEST = 8  # texts with which an interval is stated
 LEVEL = 0.95
 CURVE = {"language": "retained_lost", "features": "retained_drift"}  # names in logs
-CHUNK = 2**22  # logits of a model that are computed with at a time, in float64
+# logits of a model that are computed with at a time, in float64: on a CPU, what its caches hold
+CHUNK = {"cpu": 2**19}
+LARGEST_CHUNK = 2**22
 LOGITS = 2**27  # of a pass at most, unless one row has more: half a gigabyte in float32
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
@@ -513,7 +515,8 @@ def as_it_was(logits: Tensor, base: nn.Module, width: int) -> Tensor:
 
 
 def _chunks(labels: Tensor, vocabulary: int) -> Generator[slice]:
-    step = max(1, CHUNK // (labels.shape[0] * vocabulary))
+    chunk = CHUNK.get(labels.device.type, LARGEST_CHUNK)
+    step = max(1, chunk // (labels.shape[0] * vocabulary))
     yield from (slice(start, start + step) for start in range(0, labels.shape[1], step))
 
 
