@@ -25,6 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from claims.texts import write_lines, write_verbs
 from petl.adapters.deltas.adapters import new_folder
 from petl.adapters.deltas.measured import splits_of
@@ -236,7 +238,7 @@ def by_strength(run: Path) -> dict[str, Point]:
         return {key: (loss, lost) for key, (loss, lost) in read_json(file).items()}
     saved = find(run)
     texts = [json.loads(line)["text"] for line in (run / TEXTS).open(encoding="utf-8")]
-    length = saved.run_config.resolved["retain"]["max_length"]
+    length = yaml.safe_load((run / "config.yaml").read_text())["retain"]["max_length"]
     settings, model = saved.run_config.train, saved.model()
     accelerator = start(settings.seed, saved.run_config.precision)
     splits = splits_of(saved, accelerator)
