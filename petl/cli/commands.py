@@ -4,6 +4,7 @@ Commands import their modules when they run: most of them need torch and PEFT, w
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -172,10 +173,13 @@ def print_memory(memory: "Memory") -> None:
 def data(options: DataOptions) -> None:
     """Print sizes, labels and examples of the training data."""
     cfg = composed(options.overrides)
-    from petl.experiments.planning import preview, texts
+    from petl.experiments.planning import preview
+    from petl.experiments.planning.early_preview import preview_early
 
-    # texts with classes for MiniLM need no torch
-    result = texts.preview_texts(cfg, options.examples) or preview.preview(cfg, options.examples)
+    count = options.examples
+    names_model = any(re.match(r"\+{0,2}model[.=]", word) for word in options.overrides)
+    early = preview_early(cfg, count, names_model=names_model)  # without torch
+    result = early or preview.preview(cfg, count)
     echo(result.title, end="\n\n")
     print_table(*preview.size_table(result))
     if result.overlap is not None and result.overlap.rows:

@@ -214,7 +214,8 @@ class DataOptions(ComposeOptions):
     Prints the examples that `petl train SETTING ...` would train on, as the model reads them:
     decoded, with the tokens that the loss is computed on in color (in brackets outside a terminal),
     the number of dropped and truncated examples, lengths, and label counts. Needs the tokenizer or
-    processor of the model, not its weights.
+    processor of the model, not its weights. Files without a model are shown as they are, with
+    lengths in characters; those of texts with classes as MiniLM reads them.
 
       petl data
       petl data model=smollm2 data=reasoning --examples 1
