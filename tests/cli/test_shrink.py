@@ -73,6 +73,7 @@ def test_a_run_becomes_a_plain_model_that_stock_classes_load(lora_run, tmp_path,
     assert not out.with_name("small.train").exists()
 
 
+@pytest.mark.thorough
 def test_the_recovery_is_a_run_with_the_ranks_of_the_dense_blocks(lora_run, tmp_path):
     out = tmp_path / "small"
     words = ("--sparsity", 0.4, "--widths", "by_block", "--multiple", 4)
@@ -96,6 +97,7 @@ def test_the_recovery_is_a_run_with_the_ranks_of_the_dense_blocks(lora_run, tmp_
     assert torch.equal(logits(again), logits(loaded))
 
 
+@pytest.mark.thorough
 def test_an_interrupted_recovery_goes_on_with_the_same_command(lora_run, tmp_path, monkeypatch):
     out, words = tmp_path / "small", ("--sparsity", 0.5, "--recover", 4)
 

@@ -149,6 +149,7 @@ def test_the_message_is_that_of_the_check_of_all_settings(words, folder, monkeyp
     assert done.stderr == f"error: {raised.value}\n"
 
 
+@pytest.mark.thorough
 def test_no_configuration_of_petl_is_refused_early():
     for group in ("method", "loss", "model"):
         for name in options_of(group):

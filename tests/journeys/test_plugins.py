@@ -94,10 +94,12 @@ def test_it_trains_with_the_settings_of_its_yaml(run):
     assert any(name.endswith("petl_diag_adapters.scale") for name in run.adapter)
 
 
+@pytest.mark.thorough
 def test_petl_eval_scores_its_run(run, installed):
     assert "accuracy" in output_of([*PETL, "eval", run.path], installed)
 
 
+@pytest.mark.thorough
 def test_petl_lists_and_shows_it_with_its_yaml(installed):
     lines = output_of([*PETL, "methods", "--config-dir", "configs"], installed).splitlines()
     (row,) = [line.split() for line in lines if line.startswith("diag ")]
@@ -111,6 +113,7 @@ def test_petl_lists_and_shows_it_with_its_yaml(installed):
     assert field[:4] == ["strength", "float", "1.0", "2.0"]
 
 
+@pytest.mark.thorough
 def test_petl_plans_a_run_of_a_module_that_is_not_installed(tiny, loose):
     options = ["plan", "+method=diag", "--config-dir", "configs", *tiny.classify]
     planned = output_of([*PETL, *options, "imports=[diag_methods]"], loose)

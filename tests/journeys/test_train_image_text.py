@@ -135,6 +135,7 @@ def test_an_encoder_decoder_learns_resumes_writes_and_merges(kind, bases, chats,
         assert model.answer([prompt], Sampling(max_new_tokens=4))[0].text == line["prediction"]
 
 
+@pytest.mark.thorough
 def test_vl_pet_trains_on_images_and_text(bases, chats, tmp_path):
     """The task of its paper: an encoder of question and image, and a decoder of the answer."""
     given = [word for word in run_of(bases["florence2"], chats) if not word.startswith("method")]

@@ -111,6 +111,7 @@ def test_the_head_alone_is_scored_and_steps_may_be_cut_into_pieces(pictures, tmp
         torch.testing.assert_close(pieces.adapter[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["audio", pytest.param("images", marks=pytest.mark.thorough)])
 def test_what_is_planned_is_what_is_trained(sounds, pictures, tmp_path, kind):
     data = audio(sounds) if kind == "audio" else images(pictures)

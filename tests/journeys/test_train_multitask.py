@@ -151,6 +151,7 @@ def test_the_plan_counts_the_heads_and_the_rows_of_both(sets, capsys):
     assert "train.buckets" not in shown
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_goes_on_with_the_same_rows(sets, tmp_path):
     words = [
         *METHODS["polyhistor"],

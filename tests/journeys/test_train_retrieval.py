@@ -81,6 +81,7 @@ def test_what_keeps_a_model_near_itself_goes_on_top(plain, words, tmp_path):
     assert not all(map(torch.equal, *zip(*pairs, strict=True)))
 
 
+@pytest.mark.thorough
 def test_a_trained_embedder_has_equal_vectors_in_onnx(plain, tmp_path):
     pytest.importorskip("onnxruntime", reason="pip install 'petl-peft[onnx]'")
     pytest.importorskip("onnxscript", reason="pip install 'petl-peft[onnx]'")

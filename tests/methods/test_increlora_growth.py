@@ -99,6 +99,7 @@ def test_scores_that_are_not_finite_are_ignored():
     assert grows(model, 4)
 
 
+@pytest.mark.thorough
 def test_scoring_only_before_growth_steps_makes_the_same_choice():
     found = {}
     for window in (None, 48):

@@ -341,6 +341,7 @@ assert "petl" not in sys.modules
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_stock_code_loads_the_small_model(name, tmp_path):
     """The lines of the card, in a Python that never imports petl."""

@@ -291,6 +291,7 @@ def test_scores_below_zero_leave_the_guide_alone():
     assert torch.equal(testing.logits(model, batch), logits)
 
 
+@pytest.mark.thorough
 def test_the_heat_map_shows_the_parts_of_the_sum_without_padding():
     model = testing.stir(
         petl.wrap(testing.tiny_bert(layers=4), "sherl", side_layers=[0, 2]).train()
@@ -340,6 +341,7 @@ def test_values_out_of_range_raise(fields, message):
         petl.wrap(testing.tiny_llama(), "sherl", **fields)
 
 
+@pytest.mark.thorough
 def test_an_encoder_shorter_than_the_blocks_that_are_read_raises():
     config = testing.tiny_t5().config
     config.num_layers, config.num_decoder_layers = 2, 4

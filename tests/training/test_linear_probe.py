@@ -108,6 +108,7 @@ def test_logits_that_the_head_alone_does_not_make_are_left_out_with_the_reason(
     assert "no linear probe" in petl_log.text
 
 
+@pytest.mark.thorough
 def test_the_head_alone_does_about_as_well_as_logistic_regression(tiny):
     model, splits, settings, accelerator = parts_of(tiny, "train.epochs=20")
     base = model.get_base_model()

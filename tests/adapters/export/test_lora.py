@@ -75,6 +75,7 @@ assert "petl" not in sys.modules
 """
 
 
+@pytest.mark.thorough
 def test_stock_peft_loads_the_lora_without_petl(tiny, tmp_path):
     saved = save_stirred(classifier(tiny), "test_pair", tmp_path / "pair", task_type="SEQ_CLS")
     export_lora(find(saved), tmp_path / "out", None)

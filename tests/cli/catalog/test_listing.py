@@ -51,6 +51,7 @@ def test_petl_methods_imports_nothing_slow():
     assert {line.split()[0] for line in lines if line} >= {*petl.list_methods(), "density", "deft"}
 
 
+@pytest.mark.thorough
 def test_petl_show_reads_no_data_and_loads_no_model():
     show = PROGRAM.replace('"methods"', '"show", "mola"')
     modules = set(fresh(show, python=warm_python.without_peft()).splitlines()[-1].split())

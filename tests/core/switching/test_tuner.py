@@ -62,6 +62,7 @@ HOSTED = {
 
 
 # with pools, beside blocks, with magnitudes, with a head, with an inner method
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["mos", "adapter", "dora", "lora with a head", "binary on mola"])
 def test_operations_on_an_adapter_cost_the_same_among_many(name, tmp_path):
     case, build = HOSTED[name], {"llama": testing.tiny_llama, "bert": testing.tiny_bert}

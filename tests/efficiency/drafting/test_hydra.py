@@ -265,6 +265,7 @@ def test_the_draft_vocabulary_and_the_scale_come_from_the_answers(model, written
 # Check 3: a chain of an answer that is known by heart
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["recurrent", "sequential"])
 def test_an_answer_known_by_heart_is_accepted_in_chains(kind):
     model, ids = testing.tiny_llama(), prompt(1)

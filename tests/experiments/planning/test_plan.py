@@ -101,6 +101,7 @@ def test_an_adapter_of_the_embeddings_is_planned_as_a_reason(tiny):
     assert not planned.remedy
 
 
+@pytest.mark.thorough
 def test_a_store_that_is_there_needs_no_space(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]

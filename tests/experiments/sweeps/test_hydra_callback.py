@@ -151,6 +151,7 @@ def runs_in(folder):
     }
 
 
+@pytest.mark.thorough
 def test_a_stopped_grid_resumes_and_reports_its_best_run(program, tiny, tmp_path):
     words = ["-m", *tiny.classify, *HELD_OUT, "train.resume=auto", "+method=lora,mola"]
     program(*words, "train.lr=0.001")
@@ -210,6 +211,7 @@ def test_a_grid_with_a_failed_run_reports_the_best_of_the_others(program, tiny, 
     assert f"its folder: {run}\n" in err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "lrs",
     [("0.02", "0.00001"), pytest.param(("0.00001", "0.02"), marks=pytest.mark.thorough)],
@@ -241,6 +243,7 @@ def test_a_search_without_a_finished_run_ends_in_one_line(program, tiny):
     assert "Traceback" not in err
 
 
+@pytest.mark.thorough
 def test_a_trial_that_another_worker_has_does_not_end_the_search(
     program, tiny, tmp_path, monkeypatch
 ):

@@ -60,6 +60,7 @@ def small(tiny: Tiny, folder, **changes) -> Study:
     return Study(folder=folder, **{**given, **changes})
 
 
+@pytest.mark.thorough
 def test_each_method_is_tuned_and_then_run_with_every_seed(tiny, tmp_path, made):
     found = small(tiny, tmp_path)
     found.run()

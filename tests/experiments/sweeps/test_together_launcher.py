@@ -76,6 +76,7 @@ def test_each_run_is_the_one_that_it_would_be_alone(program, tiny, tmp_path, siz
         assert f"+method={method} train.lr={rate} " in told
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("key", "values"),
     [
@@ -127,6 +128,7 @@ def test_a_terminated_sweep_resumes(program, tiny, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("runs/*/config.yaml"))) == 4  # the same runs, resumed
 
 
+@pytest.mark.thorough
 def test_trials_of_optuna_train_together(program, tiny, tmp_path, sizes):
     pytest.importorskip("optuna")
     words = [*tiny.steady, "+search=lora", "train.eval_steps=4", "hydra.sweeper.n_trials=2"]

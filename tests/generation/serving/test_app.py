@@ -238,6 +238,7 @@ def test_a_client_that_goes_frees_its_place(client, server):
         time.sleep(0.02)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)]
 )

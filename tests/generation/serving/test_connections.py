@@ -27,6 +27,7 @@ def health(server, **headers):
     return httpx.get(server.url.replace("/v1", "/health"), headers=headers, timeout=10)
 
 
+@pytest.mark.thorough
 def test_connections_with_unfinished_headers_keep_nobody_out(server):
     place = urlsplit(server.url)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

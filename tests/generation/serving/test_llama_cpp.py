@@ -138,6 +138,7 @@ def test_what_llama_cpp_has_not_is_refused_and_bounds_hold(llama, fields, messag
     assert message in reply.json()["error"]["message"]
 
 
+@pytest.mark.thorough
 def test_the_command_serves_until_ctrl_c_and_leaves_no_files(writers, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))

@@ -179,6 +179,7 @@ def test_requests_beyond_those_that_may_wait_are_refused(api, service, monkeypat
     assert service.engine.waiting == 0
 
 
+@pytest.mark.thorough
 def test_the_official_client_asks_a_server(folders, tmp_path):
     words = (str(folders / "embedder"), f"ranks={folders / 'reranker'}", "--api-key", "secret")
     with started(tmp_path / "log", *words) as server:

@@ -430,6 +430,7 @@ def gradients_of_one_process():
     return gradients(model)
 
 
+@pytest.mark.thorough
 def test_two_processes_average_their_terms():
     first, second = in_processes(2, gradients_of_one_process)
     batch = testing.TINY_MODELS["llama"].batch()
@@ -450,6 +451,7 @@ def test_a_compiled_model_has_the_term():
     assert_same(gradients(model), expected)
 
 
+@pytest.mark.thorough
 def test_training_with_the_term_stays_nearer_to_the_base_model():
     distances = []
     for weight in (1e-6, 30.0):

@@ -229,6 +229,7 @@ def test_draws_are_uniform_and_follow_from_seed_and_step():
     assert drawn != [term.draw(step) for step in range(1000)]
 
 
+@pytest.mark.thorough
 def test_steps_are_those_of_the_optimizer_with_and_without_a_lifecycle():
     widths = {}
     for driven in (False, True):

@@ -41,6 +41,7 @@ def contender(name):
     return next(row for row in CONTENDERS if row.name == name)
 
 
+@pytest.mark.thorough
 def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
     """In half precision other activations are saved."""
     floor, lora, mola = records("step", "mola 8/2")

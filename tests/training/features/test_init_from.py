@@ -259,6 +259,7 @@ def test_other_base_weights_are_refused_or_warned_of(adapter, monkeypatch, petl_
 # Whole runs
 
 
+@pytest.mark.thorough
 def test_a_run_starts_from_a_run_with_other_data(tiny, tmp_path, petl_log):
     common = [*tiny.steady, "train.lr=1e-2", "train.log_steps=1"]
     first = train([*common, "+method=mola", "method.r=3"], tmp_path / "first")

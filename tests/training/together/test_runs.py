@@ -50,6 +50,7 @@ def finished(jobs: list[RunJob], together: int) -> list[Path]:
     return [job.run.path for job in jobs]
 
 
+@pytest.mark.thorough
 def test_runs_can_be_stopped_or_dropped_between_steps_and_go_on_later(tiny, tmp_path):
     data, alone = tiny.steady, []
     for seed, job in enumerate(jobs_of(data, tmp_path / "alone", 3)):

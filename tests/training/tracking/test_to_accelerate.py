@@ -49,6 +49,7 @@ def runs_of(client, project):
     return client.search_runs([client.get_experiment_by_name(project).experiment_id])
 
 
+@pytest.mark.thorough
 def test_mlflow_has_one_run_with_metrics_settings_and_tables(tiny, tmp_path, capsys):
     mlflow = pytest.importorskip("mlflow", reason="pip install 'petl-peft[mlflow]'")
     words = ["tracker=mlflow", "tracker.project=verbs", "tracker.save_adapter=true"]
