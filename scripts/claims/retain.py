@@ -122,11 +122,11 @@ COMMON = (
 )
 JOBS = {
     "verbs": Job(
-        "definitions of WordNet verbs with their class as plain text: 900 rows",
+        "definitions of WordNet verbs with their class as plain text: 600 rows",
         (
             *("data=files", "data.task=causal_lm", "data.train={data}/verbs-train.jsonl"),
-            *("data.test={data}/verbs-test.jsonl", "data.max_length=64", "data.train_rows=900"),
-            *("data.test_rows=300", "train.batch_size=32"),
+            *("data.test={data}/verbs-test.jsonl", "data.max_length=48", "data.train_rows=600"),
+            *("data.test_rows=200", "train.batch_size=32"),
         ),
         (
             *("data.train_rows=16", "data.test_rows=8", "data.max_length=32"),
@@ -134,10 +134,10 @@ JOBS = {
         ),
     ),
     "reasoning": Job(
-        "word problems and sums as chat (reasoning-gym): 240 rows",
+        "word problems and sums as chat (reasoning-gym): 160 rows",
         (
-            *("data=reasoning", "data.train_rows=240", "data.test_rows=64"),
-            *("data.max_length=192", "train.batch_size=8", "train.buckets=null"),
+            *("data=reasoning", "data.train_rows=160", "data.test_rows=48"),
+            *("data.max_length=160", "train.batch_size=8", "train.buckets=null"),
         ),
     ),
 }
