@@ -44,7 +44,10 @@ def until_closed(write: Callable[[], int]) -> int:
     try:
         status = write()
         sys.stdout.flush()  # here, so that a closed pipe is noticed
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        # rich makes a SystemExit(1) of it
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         # or the interpreter would report the error again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED

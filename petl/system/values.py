@@ -16,13 +16,21 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, is_typeddict
 
-from petl.errors import InputError, UnknownNameError, described, did_you_mean, shown
+from petl.errors import (
+    NEAREST_OF,
+    InputError,
+    UnknownNameError,
+    described,
+    did_you_mean,
+    shown,
+)
 from petl.system.settings.other_names import HERE
 
 T = TypeVar("T")
@@ -30,6 +38,7 @@ T = TypeVar("T")
 LR = 1e-3  # default peak learning rate of most methods
 # Of integers, all of which count or bound something: far above what runs, and exact in float64.
 LARGEST = 10**12
+MISSPELT = 0.8  # similarity, as of difflib, from which a word is another one with a mistake
 COLLECTIONS = (list, set, tuple, range, frozenset)
 WORDS = {
     dict: "a mapping",
@@ -411,8 +420,17 @@ def named_here(name: str, known: Iterable[str]) -> str:
 
     >>> named_here("num_train_epochs", ["lr"]), named_here("lrr", ["lr"])
     ('; write train.epochs', "; did you mean 'lr'?")
+    >>> named_here("leraning_rate", ["lr", "loraplus_ratio"])
+    '; learning_rate is train.lr here'
 
     Args:
         known: the last parts of names that it may have.
     """
-    return f"; write {HERE[name]}" if name in HERE else did_you_mean(name, known)
+    if name in HERE:
+        return f"; write {HERE[name]}"
+    # a name of another trainer, misspelt, unless one of petl is nearer
+    known = {*known}
+    near = get_close_matches(name[:NEAREST_OF], {*HERE, *known}, n=1, cutoff=MISSPELT)
+    if near and near[0] not in known:
+        return f"; {near[0]} is {HERE[near[0]]} here"
+    return did_you_mean(name, known)

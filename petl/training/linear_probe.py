@@ -9,6 +9,7 @@ Shapes: N rows, B rows of a batch, T tokens, H features.
 
 import copy
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
+from petl.data.tasks import SET
 from petl.data.tasks.base import IGNORED, Task, not_finite
+from petl.data.tasks.scores import named
 from petl.system.collectives import is_sharded
 from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first
@@ -43,36 +46,59 @@ class BaselineScores:
     """The frozen model's scores on the test rows, of the pass that computed the head's inputs.
 
     Attributes:
+        sets: the names of the data sets that are mixed, which are scored one by one as well.
         scores: None before such a pass.
-        parts: results of `Task.score`, batch by batch.
+        parts: results of `Task.score`, batch by batch, of each set by number; 0 without sets.
         inputs: the first batch of this process, without labels.
         logits: the frozen model's for this batch.
     """
 
+    sets: Sequence[str] = ()
     scores: dict[str, float] | None = None
-    parts: list[Tensor] = field(default_factory=list)
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)
     inputs: Batch = field(default_factory=dict)
     logits: Tensor | None = None
 
-    def add(self, task: Task, batch: Batch, logits: Tensor, rows: int) -> None:
-        """Score the first `rows` of a batch, those that no other process scores."""
+    def add(
+        self, task: Task, batch: Batch, logits: Tensor, rows: int, sets: Sequence[int] = ()
+    ) -> None:
+        """Score the first `rows` of a batch, those that no other process scores.
+
+        Args:
+            sets: the number of the set of each row of the batch, if there are several.
+        """
         if self.logits is None:
             self.inputs = {k: v for k, v in batch.items() if k not in task.label_columns}
             self.logits = logits
         # values of rows, which a surplus row has twice, are put in order by `end`
         count = len(logits) if task.by_row else rows
-        scored = {name: values[:count] for name, values in batch.items()}
-        self.parts.append(task.score(task.outputs_from_logits(logits[:count]), scored))
+        of_set = torch.tensor([*sets] if sets and not task.by_row else [0] * len(logits))[:count]
+        for number in of_set.unique().tolist() or [0]:  # no row is a part of zeros
+            picked = torch.nonzero(of_set == number)[:, 0].to(logits.device)
+            scored = {name: values[picked] for name, values in batch.items()}
+            score = task.score(task.outputs_from_logits(logits[picked]), scored)
+            self.parts.setdefault(number, []).append(score)
 
     def end(self, task: Task, rows: Dataset, order: list[int], accelerator: Accelerator) -> None:
-        """Make the scores of what was added, by all processes."""
+        """Make the scores of what was added, by all processes; of each set too."""
+        own = rows_by_set(rows, self.sets)
         if task.by_row:
-            values = accelerator.gather(torch.cat(self.parts))
+            values = accelerator.gather(torch.cat(self.parts[0]))
             in_place = in_order(values, order, accelerator.num_processes)
             self.scores = task.summarize_rows(in_place, rows)
+            of_set = {
+                name: task.summarize_rows(in_place[positions], rows.select(positions))
+                for name, positions in own.items()
+            }
         else:
-            total = accelerator.reduce(torch.stack(self.parts).sum(0), reduction="sum")
-            self.scores = task.summarize(total)
+            zero = torch.zeros_like(next(iter(self.parts.values()))[0])
+            sums = [sum(self.parts.get(i, []), zero) for i in range(max(1, len(self.sets)))]
+            totals = accelerator.reduce(torch.stack(sums), reduction="sum")
+            self.scores = task.summarize(totals.sum(0))
+            numbered = zip(self.sets, totals, strict=False)  # without sets, there is one total
+            of_set = {name: task.summarize(total) for name, total in numbered if name in own}
+        for name, scores in of_set.items():
+            self.scores |= named(name, scores, task.metric)
 
     @torch.no_grad()
     def scores_of(
@@ -104,7 +130,7 @@ class LinearProbe(RunFeature):
 
     def before_training(self, context: Context) -> None:
         """Train and score the head; the pass over the test rows gives the scores before."""
-        settings, untrained = context.settings, BaselineScores()
+        settings, untrained = context.settings, BaselineScores(context.splits.sets)
         if self.key in context.run.scores:
             return
         scores = None
@@ -166,10 +192,20 @@ def linear_probe(
     ):  # a head may have dropout
         trained, lr = probe.train_at_best_lr()
     scores = head_scores(trained, test, task)
+    for name, own in rows_by_set(test.rows, splits.sets).items():
+        part = test.take(torch.tensor(own, device=device))
+        scores |= named(name, head_scores(trained, part, task), task.metric)
     if not_finite(scores):
         logger.warning("no linear probe: its outputs on the test examples are not finite")
         return None
     return {**scores, "lr": lr}
+
+
+def rows_by_set(rows: Dataset, sets: Sequence[str]) -> dict[str, list[int]]:
+    """Return the positions of the rows of each of the mixed sets that has any."""
+    numbers = list(rows[SET]) if sets else []
+    found = {name: [at for at, n in enumerate(numbers) if n == i] for i, name in enumerate(sets)}
+    return {name: positions for name, positions in found.items() if positions}
 
 
 @dataclass(frozen=True)
@@ -229,6 +265,7 @@ def features(
     vectors: list[Tensor] = []
     masks: list[Tensor] = []
     labels: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
+    numbers = list(rows[SET]) if untrained is not None and untrained.sets else []
     try:
         loaded = load(rows, splits.collate, parts, accelerator.device)
         for batch in ProgressItems(
@@ -254,7 +291,9 @@ def features(
                 if by_token:
                     vectors[-1] = padded_to(vectors[-1], width, 0)
             if untrained is not None:
-                untrained.add(task, batch, logits, len(own) - (len(vectors) - 1) * batch_size)
+                at = len(vectors) - 1
+                of_set = [numbers[row] for row in parts[at]] if untrained.sets else []
+                untrained.add(task, batch, logits, len(own) - at * batch_size, of_set)
     finally:
         hook.remove()
 

@@ -1,5 +1,6 @@
 """What is wrong in the words of a command is answered without torch, as it is found later."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -194,6 +195,21 @@ def test_output_that_nobody_reads_ends_a_command_silently():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_table_that_nobody_reads_ends_a_command_as_a_shell_does():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "petl", "methods"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_how_a_file_is_read_is_said_by_the_run_alone(tmp_path, caplog):

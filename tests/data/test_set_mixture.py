@@ -116,6 +116,25 @@ def test_a_run_scores_each_set(families, tmp_path, task):
     assert "tasks" not in saved, "new rows need no set"
 
 
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_the_frozen_model_and_its_probe_are_scored_on_each_set(tiny, sets, tmp_path, task):
+    sets["short"]["test_share"] = 0.5
+    sets = {name: {**own, "max_length": 16} for name, own in sets.items()}
+    words = [w for w in tiny.classify if not w.startswith("data") and "steps" not in w]
+    given = ",".join(
+        f"{name}:{{{','.join(f'{k}:{v}' for k, v in own.items())}}}" for name, own in sets.items()
+    )
+    words += ["data=mixture", f"data.task={task}", f"data.sets={{{given}}}", "+method=lora"]
+    words += ["train.steps=2", "train.eval_batch_size=4"]
+    beside = train([*words, "train.linear_probe=true"], tmp_path / "beside").scores
+    alone = train([*words, "train.linear_probe=false"], tmp_path / "alone").scores
+    assert beside["before"] == pytest.approx(alone["before"], rel=1e-5)
+    assert {"long_loss", "short_loss"} <= beside["before"].keys()
+    for scores in (beside["before"], beside["linear_probe"]):
+        mean = (6 * scores["long_loss"] + 5 * scores["short_loss"]) / 11
+        assert mean == pytest.approx(scores["loss"], rel=1e-5)
+
+
 def test_sets_of_preferences_have_the_objective_of_the_mixture(tmp_path):
     sets = {}
     for name in "ab":

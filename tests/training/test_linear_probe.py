@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from training_fixtures import bert_config, llama_config
@@ -17,6 +18,7 @@ from transformers import (
 import petl
 from petl.data.base import read_data
 from petl.data.models.loading import load_base, load_tokenizer
+from petl.data.tasks import SET
 from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import start
@@ -191,6 +193,21 @@ def test_a_row_that_several_processes_compute_is_scored_once(parts):
     assert untrained.scores["rows"] == 2
     losses = torch.nn.functional.cross_entropy(logits[:2], batch["labels"][:2])
     assert untrained.scores["loss"] == pytest.approx(float(losses), rel=1e-6)
+
+
+def test_each_set_has_the_scores_of_its_rows(parts):
+    _, splits, _, accelerator = parts
+    batch = splits.collate([splits.test[i] for i in (0, 1, 2)])
+    logits = torch.randn(3, 3)
+    rows = Dataset.from_dict({SET: [0, 2, 2]})
+    untrained = BaselineScores(("one", "none", "two"))
+    untrained.add(splits.task, batch, logits, 3, [2, 0, 2])
+    untrained.end(splits.task, rows, [], accelerator)
+    losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+    assert untrained.scores["one_loss"] == pytest.approx(float(losses[1]), rel=1e-6)
+    assert untrained.scores["two_loss"] == pytest.approx(float(losses[[0, 2]].mean()), rel=1e-6)
+    assert untrained.scores["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert "none_loss" not in untrained.scores
 
 
 def test_an_adapter_that_was_trained_before_is_scored_itself(parts):
