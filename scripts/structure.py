@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 14050,
     "efficiency": 8350,
     "data": 16700,
-    "training": 16600,
+    "training": 16640,
     "methods": 19000,
     "adapters": 9150,
     "generation": 7500,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14600, "tests": 81450}
+OTHERS = {"scripts": 14600, "tests": 81700}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
