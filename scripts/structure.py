@@ -35,7 +35,7 @@ BUDGETS = {
     "methods": 19000,
     "adapters": 9150,
     "generation": 7500,
-    "experiments": 7000,
+    "experiments": 7150,
     "cli": 4500,
     "testing": 3150,
 }
