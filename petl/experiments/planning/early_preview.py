@@ -152,12 +152,15 @@ class Reader(Protocol):
     Attributes:
         name: of what reads them.
         unit: of lengths.
-        longest: a row of more is truncated; None: none is.
     """
 
     name: str
     unit: str
-    longest: int | None
+
+    @property
+    def longest(self) -> int | None:
+        """Longer rows are truncated to it; None: none are."""
+        ...
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """The length of each row, before it is truncated."""
