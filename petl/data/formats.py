@@ -244,7 +244,10 @@ def formats() -> dict[str, Format]:
 
 def naming(columns: Iterable[str]) -> str:
     """Return the end of a message: how the columns of one's own format are named."""
-    names = list(columns)
+    every = list(columns)
+    # an object whose keys are columns is none to read: its keys are
+    keys = {name.rpartition(".")[0] for name in every}
+    names = [name for name in every if name not in keys | {"image", "images"}]
     first, *others = names or ["COLUMN"]
     if len(names) == 2:
         return f"data.prompt={first} data.answer={others[0]} for questions and answers"

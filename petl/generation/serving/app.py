@@ -9,6 +9,7 @@ from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -136,7 +137,13 @@ async def _refused(request: HttpRequest, error: Exception) -> Response:
 
 async def _http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(error_body(printable(error.detail), error.status_code), error.status_code)
+    message = error.detail
+    if error.status_code == 404:
+        paths = ", ".join(
+            dict.fromkeys(r.path for r in request.app.routes if isinstance(r, APIRoute))
+        )
+        message = f"no path {request.url.path}; available: {paths}"
+    return JSONResponse(error_body(printable(message), error.status_code), error.status_code)
 
 
 async def _failed(request: HttpRequest, error: Exception) -> Response:
