@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn, TypeVar
 
-from huggingface_hub.utils import disable_progress_bars
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -123,7 +122,7 @@ def run_command(command: Callable[[Options], None], options: Options) -> int:
     """Run the function of a command of `petl` with its options; return its exit status."""
     log_to_stderr()
     # bars would mix with the output of petl; transformers asks for those of the hub when imported
-    disable_progress_bars()
+    import_module("huggingface_hub.utils").disable_progress_bars()
     if "transformers" in sys.modules:
         import_module("transformers.utils.logging").disable_progress_bar()
 
