@@ -118,7 +118,7 @@ def print_summary(run: Run) -> None:
     else:
         echo(f"{title}: not scored on the test set (train.test=false)")
     sections = sections_of(run.path, run.config.resolved, scores)
-    missed = never_predicted(run.path / PREDICTIONS)
+    missed = never_predicted(run.path / PREDICTIONS, run.config.resolved)
     others = (each.line for each in sections)
     for line in interval_line(scores), missed, validation_line(scores), *others:
         if line:

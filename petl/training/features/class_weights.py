@@ -30,6 +30,7 @@ from petl.training.runs.settings import no_class
 
 if TYPE_CHECKING:
     from petl.training.dataloader import TrainingRows
+    from petl.training.runs.run_config import RunConfig
 
 SHOWN = 8  # weights that a line names
 logger = logging.getLogger(__name__)
@@ -40,6 +41,14 @@ class ClassWeights(RunFeature):
 
     key = "class_weights"
     found: Sequence[float] = ()  # by class, once the rows are known
+
+    def check(self, config: "RunConfig") -> None:
+        """Raise InputError if rows are drawn by class as well: rare ones would count twice."""
+        if self.settings == BALANCED and self.groups["data"].get("sampling") == BALANCED:
+            raise InputError(
+                f"train.class_weights={BALANCED} and data.sampling={BALANCED} each let all classes "
+                "count alike; both let rare ones count more than frequent ones: leave one out"
+            )
 
     def order(self, rows: "TrainingRows") -> "TrainingRows":
         """Check the weights before a model is loaded."""

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from petl.data.base import BALANCED
 from petl.system.files.read import iterate_json_lines
 from petl.training.runs.records import BEFORE, PREDICTIONS, of_task
 from petl.training.tracking import TrackerTable
@@ -40,10 +41,13 @@ def tables_of(run: Path) -> dict[str, TrackerTable]:
     return tables
 
 
-def never_predicted(file: Path) -> str:
+def never_predicted(file: Path, settings: Mapping[str, Any] | None = None) -> str:
     """Name the classes of rows or words that no prediction has, and their counts; "" if all occur.
 
     A model that learned little predicts the frequent classes alone, and its accuracy hides it.
+
+    Args:
+        settings: of the run: what it balanced already is no remedy.
 
     Raises:
         InputError: the file is damaged.
@@ -63,10 +67,12 @@ def never_predicted(file: Path) -> str:
         return ""
     named = ", ".join(f"{name} ({count})" for name, count in missed[:NAMED])
     more = f" and {len(missed) - NAMED} more" if len(missed) > NAMED else ""
-    return (
-        f"never predicted, of {total} examples: {named}{more}; train longer, on more rows of these "
-        "classes, or with train.class_weights=balanced"
-    )
+    run, data = ((settings or {}).get(group) or {} for group in ("train", "data"))
+    is_balanced = run.get("class_weights") is not None or data.get("sampling") == BALANCED
+    remedy = " or on more rows of these classes"
+    if not is_balanced:
+        remedy = ", on more rows of these classes, or with train.class_weights=balanced"
+    return f"never predicted, of {total} examples: {named}{more}; train longer{remedy}"
 
 
 def lines_of(file: Path) -> Iterator[Line]:

@@ -37,6 +37,9 @@ def test_classes_that_are_never_predicted_are_named_the_frequent_ones_first(tmp_
     pairs = [("a", "a"), ("b", "a"), ("c", "a"), ("c", "a"), ("d", "d")]
     write(tmp_path, *(classified(i, *pair) for i, pair in enumerate(pairs)))
     assert never_predicted(file).startswith("never predicted, of 5 examples: c (2), b (1); ")
+    assert "train.class_weights" in never_predicted(file, {"train": {"class_weights": None}})
+    for settings in {"train": {"class_weights": {"b": 2.0}}}, {"data": {"sampling": "balanced"}}:
+        assert "train.class_weights" not in never_predicted(file, settings)
     write(tmp_path, *(classified(i, *pair) for i, pair in enumerate(pairs[:1])))
     assert never_predicted(file) == ""
     write(tmp_path, *(classified(i, str(i), "x") for i in range(9)))
