@@ -39,6 +39,7 @@ class Capability(StrEnum):
     SEGMENTS = "loss_segment"
     SKIP = "skip_unread"
     FAST_DROPOUT = "fast_dropout"
+    CAST_ONCE = "cast_once"
     STORE = "cache_frozen"
     TOGETHER = "together"
     # what a trained adapter can do

@@ -27,6 +27,7 @@ REWRITES = {
     "loss_segment": "petl.efficiency.segment_loss:SegmentLoss",
     "skip_unread": "petl.efficiency.skip_unread.read_positions:SkipUnread",
     "fast_dropout": "petl.efficiency.fast_dropout:FastDropout",
+    "cast_once": "petl.efficiency.cast_once:CastOnce",
     "cache_frozen": "petl.efficiency.frozen.cache:StoreFrozen",
 }
 Value = bool | int | str | None  # of a setting

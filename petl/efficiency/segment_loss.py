@@ -35,7 +35,7 @@ from petl.core.support import Capability
 from petl.core.types import Arguments, CausalModel, base_of
 from petl.efficiency.rewrite import AUTO, Rewrite, Value
 from petl.errors import InputError
-from petl.ops.low_rank import WEIGHT_TYPES, has_no_hooks
+from petl.ops.low_rank import LINEAR, WEIGHT_TYPES, has_no_hooks, product_dtype, weight_for
 from petl.ops.segmented_loss import AnyHead, Head, LinearHead, mean_loss, require_tokens, shifted
 
 TOKENS = 2048  # positions of a segment: 1 GB of float32 logits for 128,256 entries
@@ -241,14 +241,15 @@ def _head(model: Any, tail: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[H
             parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
             # buffers of a segment are allocated: no larger than the batch needs
             size = min(model.loss_segment, len(rows))
-            return LinearHead(layer.weight, layer.bias, size), parameters
+            weight = weight_for(layer, product_dtype(rows))
+            return LinearHead(weight, layer.bias, size), parameters
     # detached: the graph then ends at parameters of the tail, not in the decoder
     leaves = _leaves(tail(rows[:1].detach()[None]))
     return AnyHead(lambda segment: tail(segment[None])[0], leaves), leaves
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and has_no_hooks(layer) and type(layer.weight) in WEIGHT_TYPES
+    return type(layer) in LINEAR and has_no_hooks(layer) and type(layer.weight) in WEIGHT_TYPES
 
 
 def _logits(model: Any, own: Callable[..., Any], output: Any, hidden: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from petl.ops import Ctx, packed
+from petl.ops.cast_linear import CastLinear
 from petl.ops.dropout import keep_mask
 from petl.ops.expert_linear import ExpertLinear
 
@@ -22,6 +23,7 @@ WEIGHT_TYPES = (nn.Parameter, Tensor, FakeTensor)  # FakeTensor: a dry run must 
 LINEAR = (
     nn.Linear,
     packed.PackedLinear,
+    CastLinear,
     ExpertLinear,
 )  # exactly these: a subclass may compute something else
 
@@ -82,6 +84,7 @@ def owns_output(base: nn.Module) -> bool:
 def frozen_weight_and_bias(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Return weight [O, I] and bias of a frozen nn.Linear, or None for any other layer.
 
+    The weight may be in the dtype of the product already.
     None under torch.compile, too, which fuses a layer and its adapter by itself, and if x has
     another dtype than the weight (without autocast), for which the layer itself would raise.
     """
@@ -92,8 +95,14 @@ def frozen_weight_and_bias(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor |
     ):
         return None
     weight, bias = cast(Any, base).weight, cast(Any, base).bias
-    is_usable = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
-    return (weight, bias) if is_usable else None
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return None
+    return weight_for(base, product_dtype(x)), bias
+
+
+def weight_for(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Return the weight of a linear layer, in a dtype if it keeps it in that."""
+    return layer.weight_in(dtype) if isinstance(layer, CastLinear) else layer.weight
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

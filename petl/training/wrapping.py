@@ -24,7 +24,7 @@ from petl.core.spec.facts import facts_of
 from petl.core.types import Arguments, Fields, base_of
 from petl.data.models.loading import new_modules
 from petl.data.tasks.base import packs
-from petl.efficiency.rewrite import apply_rewrites, rewrites_of
+from petl.efficiency.rewrite import apply_rewrites, rewrite, rewrites_of
 from petl.errors import InputError
 from petl.system.progress import ProgressItems
 from petl.training.dataloader import FirstBatches
@@ -61,7 +61,8 @@ def wrapped(setup: Setup, bases: Bases | None = None) -> PeftModel:
     if config.loss is not None:
         attach(model, config.loss)
     check_model(model, settings)
-    names = [f"train.{name}" for name in apply_rewrites(model, rewrites_of(settings))]
+    applied = apply_rewrites(model, rewrites_of(settings))
+    names = [f"train.{name}" for name in applied if not rewrite(name).exact]
     if names:
         text = "in less time or memory, the same but for rounding and the masks of dropout: %s"
         logger.info(text, ", ".join(names))

@@ -28,13 +28,13 @@ CASES = {
 }
 # of which setting a model takes, with the value of its rewrite
 TAKES = {
-    "lora on llama": {"fuse_lora", "recompute_mlp", "loss_segment", "skip_unread"},
-    "lora on bert": {"fuse_lora", "recompute_mlp", "skip_unread"},
+    "lora on llama": {"fuse_lora", "recompute_mlp", "loss_segment", "skip_unread", "cast_once"},
+    "lora on bert": {"fuse_lora", "recompute_mlp", "skip_unread", "cast_once"},
     "lora on the top": {*REWRITES} - {"fast_dropout"},  # its base has no dropout
-    "lora with a head": {"fuse_lora", "recompute_mlp", "skip_unread"},
-    "mola on llama": {"recompute_mlp", "loss_segment", "skip_unread"},
-    "sparse on bert": {"recompute_mlp", "skip_unread"},
-    "lora on vit": {"fuse_lora", "skip_unread"},
+    "lora with a head": {"fuse_lora", "recompute_mlp", "skip_unread", "cast_once"},
+    "mola on llama": {"recompute_mlp", "loss_segment", "skip_unread", "cast_once"},
+    "sparse on bert": {"recompute_mlp", "skip_unread", "cast_once"},
+    "lora on vit": {"fuse_lora", "skip_unread", "cast_once"},
 }
 
 
@@ -130,8 +130,9 @@ def test_an_evaluation_asks_for_what_changes_passes_without_gradients():
     settings = TrainConfig(recompute_mlp=True)
     assert [*rewrites_of(settings), "cache_frozen"] == list(REWRITES)
     assert list(rewrites_of(settings, trains=False)) == ["fuse_lora", "skip_unread"]
-    off = {"fuse_lora": False, "skip_unread": False, "fast_dropout": False, "loss_segment": None}
-    assert rewrites_of(TrainConfig(**off)) == {}
+    on = ("fuse_lora", "skip_unread", "fast_dropout", "cast_once")
+    off = dict.fromkeys(on, False)
+    assert rewrites_of(TrainConfig(**off, loss_segment=None)) == {}
 
 
 def test_a_loss_that_reads_logits_or_positions_excludes_what_leaves_them_out():

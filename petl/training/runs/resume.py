@@ -44,6 +44,7 @@ FREE = {
                 "loss_segment",
                 "skip_unread",
                 "fast_dropout",
+                "cast_once",
             ),
             "together",
         )

@@ -188,6 +188,14 @@ class TrainConfig:
     """Of the same distribution as torch's dropout, in a quarter of its time, but other masks. The
     probability is rounded to a multiple of 1/65,536.
     """
+    cast_once: bool = field(
+        True,
+        one_of(True, False),
+        "on a CPU with autocast, keep a copy of frozen weights in its dtype",
+    )
+    """Where they are multiplied with adapters, and in the head. The result is the same to the bit;
+    the copies take half as much memory as the weights in float32.
+    """
     loss_segment: int | str | None = field(
         "auto",
         AUTO_OR_COUNT,
