@@ -27,9 +27,9 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3750,
-    "ops": 3300,
+    "ops": 3350,
     "core": 14050,
-    "efficiency": 8350,
+    "efficiency": 8400,
     "data": 16700,
     "training": 16640,
     "methods": 19000,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14600, "tests": 81700}
+OTHERS = {"scripts": 14600, "tests": 81800}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from petl.core.support import Capability
 from petl.efficiency.rewrite import Rewrite, Value
-from petl.ops.cast_linear import COPY, CastLinear
+from petl.ops.packed import CAST, CastLinear
 
 
 class CastOnce(Rewrite):
@@ -42,7 +42,7 @@ class CastOnce(Rewrite):
         """Give the layers their class again, and forget the copies."""
         for layer in model.modules():
             if type(layer) is CastLinear:
-                vars(layer).pop(COPY, None)
+                vars(layer).pop(CAST, None)
                 layer.__class__ = nn.Linear
 
 

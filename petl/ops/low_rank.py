@@ -15,7 +15,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from petl.ops import Ctx, packed
-from petl.ops.cast_linear import CastLinear
 from petl.ops.dropout import keep_mask
 from petl.ops.expert_linear import ExpertLinear
 
@@ -23,7 +22,7 @@ WEIGHT_TYPES = (nn.Parameter, Tensor, FakeTensor)  # FakeTensor: a dry run must 
 LINEAR = (
     nn.Linear,
     packed.PackedLinear,
-    CastLinear,
+    packed.CastLinear,
     ExpertLinear,
 )  # exactly these: a subclass may compute something else
 
@@ -102,7 +101,7 @@ def frozen_weight_and_bias(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor |
 
 def weight_for(layer: Any, dtype: torch.dtype) -> Tensor:
     """Return the weight of a linear layer, in a dtype if it keeps it in that."""
-    return layer.weight_in(dtype) if isinstance(layer, CastLinear) else layer.weight
+    return layer.weight_in(dtype) if isinstance(layer, packed.CastLinear) else layer.weight
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

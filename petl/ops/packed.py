@@ -1,5 +1,6 @@
-"""Second copies of linear weights in oneDNN's blocked layout, for passes of a few rows on a CPU.
+"""Second copies of linear weights: in the dtype of autocast, or in oneDNN's blocked layout.
 
+The latter are for passes of a few rows on a CPU.
 For 2 to 16 rows, torch's float32 `linear` is far slower than its arithmetic on x86 CPUs; oneDNN is
 not, if the weight is in its own layout. The copy is used for more than one row and only inside
 `PackedWeights.active`, without gradients. Both functions of torch are private: `is_supported` tries
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROWS = 8  # of the passes for which oneDNN chooses the layout
+CAST = "_cast"  # attribute of a layer with a cast copy
 in_use: list[int] = []  # an entry for each `PackedWeights.active` that runs, in any thread
 _local = threading.local()  # weights: copies by id of the weight, inside `PackedWeights.active`
 
@@ -28,6 +30,43 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+class _Cast(NamedTuple):
+    state: tuple[int, int]
+    weight: Tensor
+
+
+class CastLinear(nn.Linear):
+    """nn.Linear with a cast copy of its frozen weight; it replaces the class of a live nn.Linear.
+
+    The layer itself computes as ever: kernels that are fused with it ask for the copy. What has
+    changed a weight through `.data`, as merging does, leaves no trace in it, so that the copy is
+    made anew after a change between training and evaluation, too.
+    """
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [O, I] in a dtype: itself, or a copy that is kept if it is frozen."""
+        weight = self.weight
+        if weight.dtype == dtype or weight.requires_grad:
+            return weight
+        # the storage is another one after an assignment to `.data`
+        state = (weight._version, weight.untyped_storage()._cdata)
+        known = vars(self).get(CAST)
+        if known is None or known.state != state or known.weight.dtype != dtype:
+            known = _Cast(state, weight.detach().to(dtype))
+            vars(self)[CAST] = known
+        return known.weight
+
+    def train(self, mode: bool = True) -> "CastLinear":
+        """Set the mode; the copy is forgotten if it changes."""
+        if mode != self.training:
+            vars(self).pop(CAST, None)
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, object]:
+        # of copies and files
+        return {name: value for name, value in vars(self).items() if name != CAST}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
