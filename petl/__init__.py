@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from petl.adapters.deltas.narrow import narrow
     from petl.adapters.shrink.folder import load_shrunk
     from petl.adapters.shrink.model import Shrunk, shrink
+    from petl.core.adapter_widths.switch import at_width
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from petl.core.registry import adopt, list_methods, method
     from petl.core.spec.config import MethodConfig
     from petl.core.spec.method import list_losses
-    from petl.core.widths.switch import at_width
     from petl.data.models.new_tokens import add_tokens
     from petl.efficiency import drafting as drafting
     from petl.efficiency.drafting.folder import load_drafter
@@ -162,7 +162,7 @@ _NAMES = {
         "WrapContext",
     ),
     "petl.core.spec.method": ("list_losses",),
-    "petl.core.widths.switch": ("at_width",),
+    "petl.core.adapter_widths.switch": ("at_width",),
     "petl.core.registry": (
         "adopt",
         "build_config",

@@ -24,7 +24,7 @@ from petl.adapters.deltas.updates import combine_adapters, level_for
 from petl.adapters.export.saved_adapter import find
 from petl.cli.table import CombineOptions, CompressOptions, NarrowOptions, PruneOptions
 from petl.core.adapter_file import WEIGHTS
-from petl.core.widths import record
+from petl.core.adapter_widths import record
 from petl.errors import InputError
 from petl.experiments.reports.differences import print_change
 from petl.experiments.reports.formatting import echo, size

@@ -10,6 +10,7 @@ from torch import nn
 
 from petl.core.adapter_file import type_of
 from petl.core.adapter_folder import CONFIG, ON_THE_HUB, Folder, read_weights
+from petl.core.adapter_widths import record
 from petl.core.compat import tuner_of, without_noise
 from petl.core.experts.earlier import in_todays_layout
 from petl.core.fingerprint import (
@@ -31,7 +32,6 @@ from petl.core.switching.norms import keep_statistics
 from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
 from petl.core.tuners.gradients import reach_reversible_blocks
 from petl.core.types import Arguments
-from petl.core.widths import record
 from petl.errors import InputError, first_line
 from petl.system.files import hub
 from petl.system.files.tensor_file import Shapes, check_shapes, read_shapes

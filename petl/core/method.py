@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from petl.core.adapter_widths.components import Ordered
 from petl.core.compat import BaseTuner, BaseTunerLayer, LoraModel, tuner_class
 from petl.core.experts.layout import experts_of
 from petl.core.experts.linears import paths_of_experts
@@ -43,7 +44,6 @@ from petl.core.spec.config import Acts
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
 from petl.core.types import Calibration, Group
-from petl.core.widths.components import Ordered
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
 from petl.system.values import LR
@@ -265,7 +265,7 @@ class Method(Generic[C, A]):
         strengths: that are tried where none are given, see petl/core/strengths.py; (): the default.
         components: by name, the tensors of a layer with its components in order, each of which is
             a part of the update of its own, or a function of the config that returns them, see
-            petl/core/widths; a text: why there is no such order.
+            petl/core/adapter_widths; a text: why there is no such order.
         over: the tuner of PEFT whose layers it trains; None: petl's own layers.
         tuner_cls: the tuner, which `make_tuner` generates; None: PEFT's.
     """

@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch.optim import Optimizer
 
+from petl.core.adapter_widths.components import Components, Ordered
 from petl.core.layers.layer import is_lora_b
 from petl.core.method import Finish, WrapContext
 from petl.core.model.targets import resolve_targets
@@ -26,7 +27,6 @@ from petl.core.registry import adopt, no_calibration
 from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import BASES, Capability
-from petl.core.widths.components import Components, Ordered
 from petl.errors import InputError
 
 

@@ -10,10 +10,10 @@ from petl.adapters.deltas.adapters import CARD, CHANGED, NOTE, amend_card, copy_
 from petl.core import fingerprint
 from petl.core.adapter_file import WEIGHTS
 from petl.core.adapter_folder import CONFIG, Folder
+from petl.core.adapter_widths import record
+from petl.core.adapter_widths.cuts import at_width_in_file
+from petl.core.adapter_widths.switch import active_name
 from petl.core.types import Record
-from petl.core.widths import record
-from petl.core.widths.cuts import at_width_in_file
-from petl.core.widths.switch import active_name
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.outputs import new_folder
 from petl.system.files.read import read_json, read_text

@@ -21,8 +21,8 @@ from petl.adapters.export.saved_adapter import find, scores_of
 from petl.adapters.shrink.folder import write_widths
 from petl.adapters.shrink.model import Plan, shrink
 from petl.adapters.shrink.source import Source
+from petl.core.model.layer_widths import FILE as WIDTHS
 from petl.core.model.modes import calibration_pass, forward
-from petl.core.model.widths import FILE as WIDTHS
 from petl.core.types import Record
 from petl.data.models.loading import load_base, save_processor
 from petl.data.tasks.base import write_task

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedModel
 from petl.adapters.shrink.config import odd_parameters
 from petl.core.layers.layer import shape_of
 from petl.core.model.changed import load_changed
-from petl.core.model.widths import FILE, put_widths, read_widths
+from petl.core.model.layer_widths import FILE, put_widths, read_widths
 from petl.errors import InputError, first_line
 from petl.system.files.disk import as_json, write_atomic
 from petl.training.ranks.importance import blocks_of

@@ -250,7 +250,7 @@ def meta_model(
         model = task.auto_class.from_config(config, trust_remote_code=trusted, **settings)
         folder = folder_with_widths(source)
         if folder is not None:
-            from petl.core.model.widths import put_widths, read_widths
+            from petl.core.model.layer_widths import put_widths, read_widths
 
             put_widths(model, read_widths(folder), folder)
     model.petl_new_modules = outermost_modules(model, head_keys(model, task))
@@ -353,7 +353,7 @@ def loader_of(task: Task, config: PretrainedConfig, source: ModelSource) -> Gene
         yield task.auto_class
         return
     from petl.core.model.changed import changed_class
-    from petl.core.model.widths import put_widths, read_widths
+    from petl.core.model.layer_widths import put_widths, read_widths
 
     widths = read_widths(folder)
     # the auto class builds models of one class for each config

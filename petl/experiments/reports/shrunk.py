@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from petl.core.model.widths import FILE as WIDTHS
+from petl.core.model.layer_widths import FILE as WIDTHS
 from petl.core.types import Record
 from petl.data.tasks.scores import shown
 from petl.errors import markdown

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from petl.core.adapter_widths.components import Components, Ordered
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.method import Method, Settings, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap
@@ -31,7 +32,6 @@ from petl.core.register import register
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
 from petl.core.types import Fields
-from petl.core.widths.components import Components, Ordered
 from petl.errors import InputError
 from petl.methods.compacter.kronecker import times_factored, times_full
 from petl.methods.families.sublayers import (

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from petl.core.adapter_widths.components import Components
 from petl.core.layers.context import add_gradient, is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
 from petl.core.method import Method, NewAdapters, Settings, TrainContext, WrapContext
@@ -41,7 +42,6 @@ from petl.core.register import register
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 from petl.core.support import Capability
-from petl.core.widths.components import Components
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.methods.mola.grouped import GroupedMola
 from petl.methods.mola.pregate import PreGate

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import petl
 from petl import testing
-from petl.core.widths import record
-from petl.core.widths.record import Nested
+from petl.core.adapter_widths import record
+from petl.core.adapter_widths.record import Nested
 from petl.errors import InputError
 
 CASES = {

@@ -12,7 +12,7 @@ from shrink_fixtures import batches, dense
 import petl
 from petl import testing
 from petl.adapters.shrink.folder import write_widths
-from petl.core.model.widths import FILE as WIDTHS
+from petl.core.model.layer_widths import FILE as WIDTHS
 from petl.errors import InputError
 
 SETTINGS = {"sparsity": 0.4, "multiple": 4}

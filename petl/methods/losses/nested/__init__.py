@@ -42,6 +42,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from petl.core.adapter_widths.record import Nested, remember
+from petl.core.adapter_widths.switch import Narrowed, active_name, widths_of
 from petl.core.layers.context import ForwardContext
 from petl.core.losses import extra_losses, loss_list
 from petl.core.model.heat_map import HeatMap
@@ -49,8 +51,6 @@ from petl.core.model.modes import checkpoints_reentrantly, has_enabled_adapter
 from petl.core.model.structure import blocks
 from petl.core.spec.method import register_loss
 from petl.core.support import Capability
-from petl.core.widths.record import Nested, remember
-from petl.core.widths.switch import Narrowed, active_name, widths_of
 from petl.efficiency.segment_loss import SegmentLoss
 from petl.errors import InputError, UnsupportedError
 from petl.methods.losses.nested.config import NestedConfig

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from petl.core.adapter_widths.switch import Narrowed
 from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import (
     ForwardContext,
@@ -23,7 +24,6 @@ from petl.core.layers.context import (
 )
 from petl.core.tuners.asking import AskingTuner
 from petl.core.types import Arguments
-from petl.core.widths.switch import Narrowed
 from petl.errors import UnsupportedError
 from petl.methods.losses.nested.config import NestedConfig
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from petl.core.adapter_folder import Folder
+from petl.core.adapter_widths.cuts import at_width_in_file
+from petl.core.adapter_widths.switch import at_width
 from petl.core.types import Record
-from petl.core.widths.cuts import at_width_in_file
-from petl.core.widths.switch import at_width
 from petl.data.tasks.scores import is_percentage
 from petl.errors import InputError
 from petl.system.values import type_problem

@@ -12,8 +12,8 @@ from typing import TypedDict
 
 from peft import PeftConfig, PeftModel
 
+from petl.core.adapter_widths.components import SCALES
 from petl.core.compat import extend_method
-from petl.core.widths.components import SCALES
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json

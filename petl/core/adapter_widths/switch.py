@@ -15,17 +15,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from petl.core.compat import LoraLayer
-from petl.core.layers.context import ForwardContext
-from petl.core.layers.layer import Adapter, AdapterLayer
-from petl.core.widths.components import SCALES
-from petl.core.widths.cuts import (
+from petl.core.adapter_widths.components import SCALES
+from petl.core.adapter_widths.cuts import (
     at_width_in_config,
     components_of,
     layer_width,
     scale_ratio,
 )
-from petl.core.widths.record import nested_of
+from petl.core.adapter_widths.record import nested_of
+from petl.core.compat import LoraLayer
+from petl.core.layers.context import ForwardContext
+from petl.core.layers.layer import Adapter, AdapterLayer
 from petl.errors import InputError, UnsupportedError, choose
 from petl.system.collectives import is_sharded
 
