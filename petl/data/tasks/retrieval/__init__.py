@@ -132,11 +132,11 @@ class Retrieval(TextTask):
             self.pooling = folder.pooling()
         if self.normalize is None:
             self.normalize = folder.normalizes()
-        prompts = folder.prompts()
+        query, document = folder.prompts()
         if self.query_prefix is None:
-            self.query_prefix = prompts.get("query", "")
+            self.query_prefix = query
         if self.document_prefix is None:
-            self.document_prefix = prompts.get("document", "")
+            self.document_prefix = document
 
     def adjust(self, model: PreTrainedModel) -> None:
         """Let the model return vectors, and the loss of a batch with the columns of `INPUTS`."""

@@ -22,6 +22,7 @@ FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+DOCUMENTS = ("document", "passage", "corpus")  # names that the prompt of documents has
 NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
@@ -105,9 +106,12 @@ class Folder:
     def _config(self) -> Mapping[str, object]:
         return cast("Mapping[str, object]", self.base.json_file(PROMPTS) or {})
 
-    def prompts(self) -> dict[str, str]:
-        """The prompts by name, of which `query` and `document` are used."""
-        return cast("dict[str, str]", self._config().get("prompts") or {})
+    def prompts(self) -> tuple[str, str]:
+        """The prompts of queries and of documents, "" without one."""
+        found = cast("Mapping[str, str]", self._config().get("prompts") or {})
+        # as encode_document of sentence-transformers looks for it
+        names = (name for name in DOCUMENTS if name in found)
+        return found.get("query") or "", found.get(next(names, "")) or ""
 
 
 def folder_files(

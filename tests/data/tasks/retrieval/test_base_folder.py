@@ -63,6 +63,22 @@ def test_prefixes_are_the_prompts_of_the_folder():
 
 
 @pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ({"passage": "P: ", "query": "Q: "}, ("Q: ", "P: ")),
+        ({"corpus": "C: ", "passage": "P: "}, ("", "P: ")),
+        ({"corpus": "C: ", "document": ""}, ("", "")),
+        ({"clustering": "X: "}, ("", "")),
+    ],
+)
+def test_the_prompt_of_documents_has_the_names_that_sentence_transformers_looks_for(
+    prompts, expected
+):
+    task = taken({"config_sentence_transformers.json": {"prompts": prompts}})
+    assert (task.query_prefix, task.document_prefix) == expected
+
+
+@pytest.mark.parametrize(
     ("files", "words"),
     [
         (folder({"pooling_mode": "max"}), "max.*data.pooling=mean, cls, last"),
