@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -206,7 +207,8 @@ def read_judgements(
         judgements: places, and rows with `query`, `document` and `grade`.
 
     Raises:
-        InputError: an id occurs twice or is unknown, or a grade is below 0.
+        InputError: an id occurs twice or is unknown, a grade is below 0 or no number, or a document
+            has two grades for one query.
     """
     documents, asked = texts_by_id(corpus), texts_by_id(queries)
     grades: dict[str, Grades] = {name: {} for name in asked}
@@ -217,9 +219,15 @@ def read_judgements(
         ):
             if name not in known:
                 raise InputError(f"{place} names {name!r}, which {what} does not have")
-        if row["grade"] < 0:
-            raise InputError(f"{place} has the grade {row['grade']:g}: grades begin at 0")
-        grades[row["query"]][row["document"]] = row["grade"]
+        grade, own = row["grade"], grades[row["query"]]
+        if not 0 <= grade < math.inf:
+            raise InputError(f"{place} has the grade {grade:g}: grades are numbers from 0")
+        before = own.setdefault(row["document"], grade)
+        if before != grade:
+            raise InputError(
+                f"{place} judges {row['document']!r} for {row['query']!r} a second time, as "
+                f"{grade:g} after {before:g}: leave one of both out"
+            )
     return Judgements({name: (text, grades[name]) for name, text in asked.items()}, documents)
 
 

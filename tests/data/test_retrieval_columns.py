@@ -147,7 +147,9 @@ def test_a_test_set_has_trecs_judgements(read, tmp_path):
     [
         (CORPUS, "9 0 a 1", "line 1 names '9', which data.queries does not have"),
         (CORPUS, "7 0 c 1", "line 1 names 'c', which data.corpus does not have"),
-        (CORPUS, "7 0 a -1", "grade -1: grades begin at 0"),
+        (CORPUS, "7 0 a -1", "grade -1: grades are numbers from 0"),
+        (CORPUS, "7 0 a nan", "grade nan: grades are numbers"),
+        (CORPUS, "7 0 a 2\n7 0 a 2\n7 0 a 1", "line 3 judges 'a' for '7' .* as 1 after 2"),
         (CORPUS, "7 a 1", "not TREC's query, iteration, document and grade"),
         ([*CORPUS, CORPUS[0]], "7 0 a 1", "the id 'a' a second time"),
     ],

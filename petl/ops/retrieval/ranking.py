@@ -178,13 +178,16 @@ def metrics(
     Queries without a relevant document are left out; `queries_left_out` counts them.
 
     Args:
-        ranked: the documents of each query, best first, at least 100 where there are as many.
+        ranked: the documents of each query, best first, at least 100 where there are as many; []
+            for a query without any: one that is not there has no part in the means.
         relevant: the grades of documents, by query; documents that are not there have grade 0.
 
     Raises:
         InputError: no query has a relevant document, a grade is below 0, or a document is ranked
             twice.
     """
+    for query in ranked:
+        _check_grades(relevant.get(query, {}))
     by_query = {
         query: query_metrics(documents, relevant[query])
         for query, documents in ranked.items()
@@ -208,8 +211,7 @@ def query_metrics(documents: Sequence[str], grades: Mapping[str, float]) -> dict
     Raises:
         InputError: a grade is below 0, or a document is ranked twice.
     """
-    if min(grades.values()) < 0:
-        raise InputError(f"a relevance grade is {min(grades.values())}: they begin at 0")
+    _check_grades(grades)
     if len({*documents}) < len(documents):
         raise InputError("a document is ranked twice for one query")
     gains = [grades.get(document, 0) for document in documents[: max(CUTS)]]
@@ -223,6 +225,12 @@ def query_metrics(documents: Sequence[str], grades: Mapping[str, float]) -> dict
         "ndcg_at_10": _discounted(gains[:10]) / _discounted(ideal[:10]),
         "map_at_100": math.fsum(precisions) / min(100, len(ideal)),
     }
+
+
+def _check_grades(grades: Mapping[str, float]) -> None:
+    wrong = [grade for grade in grades.values() if not 0 <= grade < math.inf]
+    if wrong:
+        raise InputError(f"a relevance grade is {wrong[0]}: they are numbers from 0")
 
 
 def _discounted(gains: Sequence[float]) -> float:

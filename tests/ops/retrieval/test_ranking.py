@@ -106,7 +106,9 @@ def test_queries_without_a_relevant_document_are_counted_and_left_out():
     ("ranked", "relevant", "words"),
     [
         ({"1": ["a"]}, {}, "none of the 1 queries"),
-        ({"1": ["a"]}, {"1": {"a": 1, "b": -1}}, "begin at 0"),
+        ({"1": ["a"]}, {"1": {"a": 1, "b": -1}}, "is -1: .* from 0"),
+        ({"1": ["a"], "2": ["a"]}, {"1": {"a": 1}, "2": {"b": -2}}, "is -2"),
+        ({"1": ["a"]}, {"1": {"a": 1, "b": math.nan}}, "is nan"),
         ({"1": ["a", "a"]}, {"1": {"a": 1}}, "twice"),
     ],
 )

@@ -150,8 +150,11 @@ class Rankings:
             rows: with the columns `_query_id`, `_id` and `_grade`.
 
         Raises:
-            InputError: no query has a document that is relevant and one that is not.
+            InputError: no query has a document that is relevant and one that is not, or a score is
+                no number.
         """
+        if not np.isfinite(values).all():
+            raise InputError("the score of a pair is not finite: nothing can be ranked")
         by_query: dict[str, list[tuple[float, str, float, int]]] = {}
         columns = (rows[name] for name in ("_query_id", "_id", "_grade"))
         for row, (value, query, name, grade) in enumerate(zip(values, *columns, strict=True)):

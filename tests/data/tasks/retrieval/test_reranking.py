@@ -158,6 +158,17 @@ def test_equal_scores_are_in_the_order_of_ids_and_do_not_favour_the_positive(fol
     assert found["queries_with_ties"] == 3
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_ranks_nothing(value, folder):
+    task, _, tokenizer = loaded(folder)
+    entries = candidate_rows(ROWS)
+    encoded = task.encode(tokenizer, Dataset.from_list(entries))
+    values = torch.arange(float(len(entries)))[:, None]
+    values[1] = value
+    with pytest.raises(InputError, match="not finite"):
+        task.summarize_rows(values, encoded)
+
+
 def test_held_out_rows_become_the_pairs_that_test_rows_are(folder):
     task, _, tokenizer = loaded(folder)
     held = task.encode(tokenizer, Dataset.from_list(ROWS))
