@@ -392,6 +392,16 @@ def test_hooks_see_all_texts_in_one_pass(monkeypatch):
     assert widths == [batch["input_ids"].shape]
 
 
+def test_statistics_of_a_batch_are_of_all_texts(monkeypatch):
+    monkeypatch.setattr(embedder, "CALL", 8)
+    task = Retrieval(max_length=64)
+    fields = {"task_type": "FEATURE_EXTRACTION", "block": "conformer", "conv_kernel_size": 3}
+    model = petl.wrap(model_for(task), "adapter", **fields).train()
+    model(**batch_for(task, ROWS["in_batch"]))
+    counts = [n for name, n in model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert {int(count) for count in counts} == {1}
+
+
 def test_parts_save_more_positions_than_a_pass_costs():
     assert embedder.of_alike([5, 5, 6, 6, 50, 52], call=10) == [4, 2]
     assert embedder.of_alike([5, 5, 6, 6, 50, 52], call=1) == [2, 2, 1, 1]
