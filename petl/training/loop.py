@@ -299,9 +299,22 @@ class Loop:
 
     @torch.no_grad()
     def forward(self, batch: Mapping[str, Tensor]) -> Outputs:
-        """The model's outputs for a micro-batch, in training mode and without a graph."""
+        """The model's outputs for a micro-batch, in training mode and without a graph.
+
+        Raises:
+            InputError: the pass changes buffers, as the one with a graph would do again.
+        """
+        kept = {name: (own, own._version) for name, own in self.model.named_buffers()}
         with self.accelerator.autocast():
-            return self.engine.wrapped(**to_device(batch, self.device))
+            outputs = self.engine.wrapped(**to_device(batch, self.device))
+        changed = [name for name, (own, version) in kept.items() if own._version != version]
+        if changed:
+            raise InputError(
+                f"train.micro_batch_size={self.settings.micro_batch_size} computes each row twice "
+                f"in data.task={self.splits.task.name}, and each pass changes {changed[0]}, such "
+                "as statistics of a batch: set train.micro_batch_size=null, or another method"
+            )
+        return outputs
 
     def add(self, loss: Tensor, weight: float) -> None:
         """Count the weighted loss of a micro-batch, and its auxiliary loss, on device."""

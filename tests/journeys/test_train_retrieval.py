@@ -46,6 +46,14 @@ def test_settings_of_memory_change_nothing(setting, plain, words, tmp_path):
         torch.testing.assert_close(other.adapter[name], tensor, atol=1e-5, rtol=1e-4)
 
 
+def test_a_method_whose_passes_change_its_state_is_not_computed_twice(families, tmp_path):  # noqa: F811
+    """Batch norm would count each row twice, with the statistics of a part of the step."""
+    words = families("retrieval", "+method=adapter", "method.block=conformer", *SHORTER)
+    with pytest.raises(InputError, match=r"micro_batch_size=3 .* twice .*bn_"):
+        train([*words, "train.micro_batch_size=3"], tmp_path / "run")
+    assert train(words, tmp_path / "whole").scores["steps"] == 3
+
+
 def test_half_precision_is_close(plain, words, tmp_path):
     other = train([*words, "train.precision=bf16"], tmp_path / "run")
     assert losses(other) == pytest.approx(losses(plain), rel=0.03)
