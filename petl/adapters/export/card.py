@@ -54,15 +54,20 @@ def copy_if_present(source: Path, target: Path) -> None:
         copy_file(source, target)
 
 
+def whole_processor(saved: SavedAdapter) -> Any:
+    """The processor as a whole model has it, which other libraries read: see `saved_tokenizer`."""
+    own = saved.processor
+    is_tokenizer = isinstance(own, PreTrainedTokenizerBase)
+    return saved.task.saved_tokenizer(own) if is_tokenizer else own
+
+
 def write_companions(saved: SavedAdapter, folder: Path, config: PeftConfig, **more: Any) -> None:
     """Write processor, names of labels and card of an adapter into the folder of its export.
 
     Args:
         config, more: as of `described`.
     """
-    own = saved.processor
-    if more.get("merged") and isinstance(own, PreTrainedTokenizerBase):
-        own = saved.task.saved_tokenizer(own)
+    own = whole_processor(saved) if more.get("merged") else saved.processor
     save_processor(saved.settings["model"], saved.task, folder, own)
     # a merged model has label names in its own config, and is no adapter
     if not more.get("merged"):

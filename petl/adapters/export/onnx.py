@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from petl.adapters.export.card import whole_processor
 from petl.adapters.export.checked_folder import (
     OutputFolder,
     Outputs,
@@ -68,7 +69,7 @@ def export_onnx(saved: SavedAdapter, out: Path, tolerance: float | None) -> Outp
         with Pass("writing the ONNX graph", None):
             write_graph(merged, adapted.batches[0], draft / FILE)
         merged.config.save_pretrained(draft)
-        save_processor(saved.settings["model"], task, draft, saved.processor)
+        save_processor(saved.settings["model"], task, draft, whole_processor(saved))
         difference = adapted.compare(Session(draft / FILE), tolerance, "ONNX model")
     return OutputFolder(out, difference)
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from training_fixtures import train
+from transformers import AutoTokenizer
 
 import petl
 from petl.adapters.export.merge import merge
@@ -51,6 +52,21 @@ def test_the_merged_folder_has_equal_vectors_in_sentence_transformers(run, tmp_p
     np.testing.assert_allclose(petl.embed(predictor, TEXTS), found, atol=1e-6)
     assert np.abs(petl.embed(predictor, TEXTS, as_="query") - found).max() > 1e-3
     assert model.similarity_fn_name == "cosine"
+
+
+def test_the_tokenizer_beside_an_onnx_graph_gives_the_vectors_of_the_run(run, tmp_path):
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason="pip install 'petl-peft[onnx]'")
+    from petl.adapters.export.onnx import FILE, Session, export_onnx
+
+    export_onnx(find(run.path), tmp_path / "onnx", None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
+    texts = ["the " + text for text in [*TEXTS, "green " * 600]]  # the last one is too long
+    inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    found = Session(tmp_path / "onnx" / FILE)(**given)["sentence_embedding"]
+    expected = petl.embed(run.path, [text.removeprefix("the ") for text in texts])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -185,12 +185,14 @@ class Retrieval(TextTask):
         return {**files, **dense, LENGTHS: lengths}
 
     def saved_tokenizer(self, tokenizer: PreTrainedTokenizerBase, /) -> PreTrainedTokenizerBase:
-        """A tokenizer that appends the end token by itself, where it is the vector."""
+        """The tokenizer with the length of this task; it appends the end token if that is read."""
+        # a copy: that of the run truncates where `tokens` says
+        copied = copy.deepcopy(tokenizer)
+        copied.model_max_length = self.max_length
         # a probe: tokenizers say in many ways whether they do
         end, ids = tokenizer.eos_token, tokenizer("a")["input_ids"]
         if self.pooling != "last" or end is None or ids[-1] == tokenizer.eos_token_id:
-            return tokenizer
-        copied = copy.deepcopy(tokenizer)
+            return copied
         backend = copied.backend_tokenizer
         parts = [] if backend.post_processor is None else [backend.post_processor]
         appended = TemplateProcessing(
