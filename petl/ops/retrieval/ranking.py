@@ -186,12 +186,10 @@ def metrics(
         InputError: no query has a relevant document, a grade is below 0, or a document is ranked
             twice.
     """
-    for query in ranked:
-        _check_grades(relevant.get(query, {}))
     by_query = {
         query: query_metrics(documents, relevant[query])
         for query, documents in ranked.items()
-        if any(grade > 0 for grade in relevant.get(query, {}).values())
+        if any(grade > 0 for grade in _grades(relevant.get(query, {})).values())
     }
     if not by_query:
         raise InputError(f"none of the {len(ranked)} queries has a relevant document")
@@ -211,9 +209,9 @@ def query_metrics(documents: Sequence[str], grades: Mapping[str, float]) -> dict
     Raises:
         InputError: a grade is below 0, or a document is ranked twice.
     """
-    _check_grades(grades)
     if len({*documents}) < len(documents):
         raise InputError("a document is ranked twice for one query")
+    grades = _grades(grades)
     gains = [grades.get(document, 0) for document in documents[: max(CUTS)]]
     ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)
     hits = [rank for rank, gain in enumerate(gains, 1) if gain > 0]
@@ -227,10 +225,12 @@ def query_metrics(documents: Sequence[str], grades: Mapping[str, float]) -> dict
     }
 
 
-def _check_grades(grades: Mapping[str, float]) -> None:
-    wrong = [grade for grade in grades.values() if not 0 <= grade < math.inf]
+def _grades(given: Mapping[str, float]) -> Mapping[str, float]:
+    """The grades of documents, which are numbers from 0."""
+    wrong = [grade for grade in given.values() if not 0 <= grade < math.inf]
     if wrong:
         raise InputError(f"a relevance grade is {wrong[0]}: they are numbers from 0")
+    return given
 
 
 def _discounted(gains: Sequence[float]) -> float:
