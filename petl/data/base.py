@@ -256,7 +256,7 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
     """Check the data of a run as far as it needs no torch: names, files, columns and rows.
 
     Raises:
-        InputError: as `data_source`, or as its `check`, `check_columns` and `check_rows`.
+        InputError: as `data_source`, `check_source` or `check_sets`.
     """
     settings = plain(cfg)
     if settings.get("task") is not None:
@@ -267,11 +267,20 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
     import_modules(settings.get("imports"))  # which may add sources and tasks
     data, method = settings.get("data"), settings.get("method")
     # the run checks what is not a group, and data that get settings from a method of several tasks
-    if not isinstance(data, Mapping) or data.get("source") in SEVERAL:
+    if not isinstance(data, Mapping) or (isinstance(method, Mapping) and method.get("tasks")):
         return
-    if isinstance(method, Mapping) and method.get("tasks"):
-        return
-    source = data_source(data)
+    if data.get("source") in SEVERAL:
+        resolve_name("petl.data.named_sets:check_sets")(data)
+    else:
+        check_source(data_source(data))
+
+
+def check_source(source: Source) -> None:
+    """Check files, columns and rows of a source as far as it needs no torch.
+
+    Raises:
+        InputError: as its `check`, `check_columns` and `check_rows`.
+    """
     source.check()
     level = READING.level
     READING.setLevel(logging.ERROR)  # the run says how it reads the files

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from petl.data.task_columns import ClassificationColumns, ColumnSettings, RowTaskColumns
-from petl.data.tasks import COLUMN
-from petl.data.tasks.multitask import SEPARATOR, MultitaskClassification
+from petl.data.tasks import COLUMN, SEPARATOR
+from petl.data.tasks.multitask import MultitaskClassification
 from petl.data.templates import columns_of, read_text
 from petl.data.validation import Row, label, read, text
 

@@ -36,13 +36,6 @@ class SetMixture(SeveralSets):
     # settings of a task that is an objective, as of files
     objective: dict[str, str | float | bool | None] | None = None
 
-    @classmethod
-    def usual(cls, settings: Mapping[str, object]) -> dict[str, object]:
-        """The task of the mixture, and its settings."""
-        objective = settings.get("objective")
-        more = {} if objective is None else {"objective": objective}
-        return {"task": settings.get("task", cls.task), **more}
-
     def __post_init__(self) -> None:
         # queries are answered from the documents of all rows, whatever set they are of
         if self.task in ("retrieval", "reranking"):

@@ -6,91 +6,21 @@ complete settings of each set in place of the names.
 """
 
 from abc import ABC
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from petl.data.base import SEVERAL, RawData, Source, Stream, data_source
-from petl.data.tasks import COLUMN
+from petl.data.base import RawData, Source, Stream, data_source
+from petl.data.named_sets import of_set, usual_of, with_sets
+from petl.data.tasks import COLUMN, SEPARATOR
 from petl.data.tasks.classification import Classification
-from petl.data.tasks.multitask import SEPARATOR, MultitaskClassification
+from petl.data.tasks.multitask import MultitaskClassification
 from petl.data.validation import FaultyRow
-from petl.errors import InputError, choose
-from petl.system.settings.command_line import options_of, raw
-from petl.system.settings.schema import plain
-from petl.system.values import Rule, field, one_of, real
-
-GENERAL = ("files", "hub")  # sources that read rows of several kinds of task
-# mean_accuracy is that of all tasks
-NAME = Rule(
-    f"a printable text without {SEPARATOR!r}, other than mean",
-    lambda name: name.strip() not in ("", "mean") and name.isprintable() and SEPARATOR not in name,
-)
-EXAMPLE = "data.sets=[wordnet,...], or data.sets={verbs:{data:wordnet,train_rows:2000},...}"
-
-
-def with_sets(
-    data: Mapping[str, object], usual: Mapping[str, object] | None = None
-) -> dict[str, object]:
-    """Return settings under `data` with the complete settings of each set, by the task's name.
-
-    Args:
-        usual: settings of files and of the Hub that a set has unless it names others.
-
-    Raises:
-        InputError: `data.sets` does not name at least two tasks with data configurations.
-    """
-    sets = data.get("sets")
-    if isinstance(sets, list) and all(isinstance(name, str) for name in sets):
-        if len({*sets}) < len(sets):
-            raise InputError(f"data.sets={sets} names a data set twice; write {EXAMPLE}")
-        sets = {name: name for name in sets}
-    if not isinstance(sets, Mapping) or len(sets) < 2:
-        raise InputError(f"data.sets={sets} does not name at least two data sets; write {EXAMPLE}")
-    complete = {}
-    for name, given in sets.items():
-        NAME.check("name of a task in data.sets", name, str)
-        with of_set(name):
-            complete[name] = settings_of(given, usual or {})
-    return {**data, "sets": complete}
-
-
-def settings_of(given: object, usual: Mapping[str, object]) -> dict[str, object]:
-    """Return all settings of a set, from the name of a configuration or settings of it.
-
-    Raises:
-        InputError: there is no such configuration, or none is named.
-    """
-    settings = {"data": given} if isinstance(given, str) else given
-    if not isinstance(settings, Mapping):
-        raise InputError(f"{given!r} is neither a data configuration nor settings of one")
-    if "source" in settings:  # complete already
-        complete = dict(settings)
-    elif not isinstance(settings.get("data"), str):
-        raise InputError(f"{dict(settings)} names no configuration: add data:NAME, as data:files")
-    else:
-        options = {option: option for option in options_of("data")}
-        file = plain(raw("data", choose(options, settings["data"], "data")))
-        own = usual if file.get("source") in GENERAL else {}
-        complete = {**file, **own, **{k: v for k, v in settings.items() if k != "data"}}
-    if complete.get("source") in SEVERAL:
-        raise InputError(
-            f"a set is one data set, and cannot be several itself (data={complete['source']})"
-        )
-    return complete
-
-
-@contextmanager
-def of_set(name: str) -> Generator[None]:
-    """Add the name of the set to errors about it."""
-    try:
-        yield
-    except InputError as error:
-        raise type(error)(f"data.sets, {name}: {error}") from error
+from petl.errors import InputError
+from petl.system.values import field, one_of, real
 
 
 @dataclass(kw_only=True)
@@ -104,14 +34,9 @@ class SeveralSets(Source, ABC):
     temperature: float | None = field(None, real(1, 1e6))
 
     @classmethod
-    def usual(cls, settings: Mapping[str, object]) -> dict[str, object]:
-        """Settings of files and of the Hub that a set has unless it names others."""
-        return {}
-
-    @classmethod
     def completed(cls, settings: Mapping[str, object]) -> dict[str, object]:
         """Return the settings with those of each set, see `with_sets`."""
-        return with_sets(settings, cls.usual(settings))
+        return with_sets(settings, usual_of(settings))
 
     def __post_init__(self) -> None:
         super().__post_init__()

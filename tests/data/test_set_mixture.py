@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from training_fixtures import train
 
-from petl.data.base import read_data
+from petl.data.base import check_early, read_data
 from petl.data.set_mixture import SetMixture
 from petl.data.task_mixture import TaskMixture
 from petl.data.tasks import SET
@@ -88,6 +88,29 @@ def test_sets_with_other_classes_or_columns_are_refused(sets, tmp_path):
         read({"long": sets["long"], "pair": pair})
     with pytest.raises(InputError, match=r"data\.task"):
         read({"long": sets["long"], "hamlet": "hamlet"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("mixture", {"train": "none.jsonl"}, "data.sets, long: data.train=none.jsonl"),
+        ("tasks", {"text": "txt"}, "data.sets, long: .* has no column 'txt'"),
+        ("mixture", {"data": "flies"}, "data.sets, long: no data 'flies'; did you mean 'files'"),
+    ],
+)
+def test_sets_are_looked_up_before_torch(sets, kind, change, message):
+    data = {"name": kind, "source": kind, "task": "classification", "sets": sets}
+    check_early({"data": data})
+    sets["long"] |= change
+    with pytest.raises(InputError, match=message):
+        check_early({"data": data})
+
+
+def test_a_file_in_place_of_a_set_is_told_how_it_is_named(sets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"source": "mixture", "sets": ["long.jsonl", "short.jsonl"]}
+    with pytest.raises(InputError, match=r"long\.jsonl is a file: .*data:files,train:FILE"):
+        check_early({"data": data})
 
 
 def test_settings_of_the_files_have_the_task_of_the_mixture(sets):

@@ -36,6 +36,7 @@ TASKS = {
 Message = dict[str, Any]
 TOOLS = "(tools)"  # role of a first message whose content are the functions, as JSON text
 COLUMN, IDS = "task", "task_ids"  # of rows of several tasks, of encoded rows and batches
+SEPARATOR = "/"  # between task and label in the name of a class
 SET = "_set"  # column of the rows of a mixture: the number of their set
 # of `data.labels` and of tasks
 CLASSES = Rule(

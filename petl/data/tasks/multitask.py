@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.task_rows import ARGUMENT, PASSED
-from petl.data.tasks import COLUMN, IDS
+from petl.data.tasks import COLUMN, IDS, SEPARATOR
 from petl.data.tasks.base import (
     UNTRUNCATED,
     Batch,
@@ -36,7 +36,6 @@ from petl.data.tasks.classification import SMALLEST, Classification, macro_f1
 from petl.data.tasks.row_tasks import RowTasks
 from petl.errors import InputError
 
-SEPARATOR = "/"  # between task and label in the name of a class
 logger = logging.getLogger(__name__)
 
 
