@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 3350,
     "core": 14050,
     "efficiency": 8400,
-    "data": 16700,
+    "data": 16730,
     "training": 16640,
     "methods": 19000,
     "adapters": 9150,

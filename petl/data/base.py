@@ -256,7 +256,7 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
     """Check the data of a run as far as it needs no torch: names, files, columns and rows.
 
     Raises:
-        InputError: as `data_source`, `check_source` or `check_sets`.
+        InputError: as `data_source`, `look_up` or `look_up_sets`.
     """
     settings = plain(cfg)
     if settings.get("task") is not None:
@@ -270,13 +270,13 @@ def check_early(cfg: DictConfig | Mapping[str, object]) -> None:
     if not isinstance(data, Mapping) or (isinstance(method, Mapping) and method.get("tasks")):
         return
     if data.get("source") in SEVERAL:
-        resolve_name("petl.data.named_sets:check_sets")(data)
+        resolve_name("petl.data.named_sets:look_up_sets")(data)
     else:
-        check_source(data_source(data))
+        look_up(data_source(data))
 
 
-def check_source(source: Source) -> None:
-    """Check files, columns and rows of a source as far as it needs no torch.
+def look_up(source: Source) -> None:
+    """Look up files, columns and rows of a source as far as it needs no torch.
 
     Raises:
         InputError: as its `check`, `check_columns` and `check_rows`.

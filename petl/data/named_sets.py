@@ -4,7 +4,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from petl.data.base import SEVERAL, Source, check_source, data_source
+from petl.data.base import SEVERAL, Source, look_up, data_source
 from petl.data.tasks import SEPARATOR
 from petl.errors import InputError, choose
 from petl.system.settings.command_line import options_of, raw
@@ -95,14 +95,14 @@ def usual_of(settings: Mapping[str, object]) -> dict[str, object]:
     return {"task": settings.get("task", Source.task), **more}
 
 
-def check_sets(data: Mapping[str, object]) -> None:
-    """Check each set of the settings under `data` as far as it needs no torch.
+def look_up_sets(data: Mapping[str, object]) -> None:
+    """Look up each set of the settings under `data` as far as it needs no torch.
 
     Raises:
-        InputError: as `with_sets`, or as `check_source` of a set.
+        InputError: as `with_sets`, or as `look_up` of a set.
     """
     complete = with_sets(data, usual_of(data))["sets"]
     assert isinstance(complete, dict)
     for name, settings in complete.items():
         with of_set(name):
-            check_source(data_source(settings))
+            look_up(data_source(settings))
