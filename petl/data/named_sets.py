@@ -4,7 +4,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from petl.data.base import SEVERAL, Source, look_up, data_source
+from petl.data.base import SEVERAL, Source, data_source, look_up
 from petl.data.tasks import SEPARATOR
 from petl.errors import InputError, choose
 from petl.system.settings.command_line import options_of, raw
