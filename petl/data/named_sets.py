@@ -11,6 +11,7 @@ from petl.system.settings.command_line import options_of, raw
 from petl.system.settings.schema import plain
 from petl.system.values import Rule
 
+# a set of these has the task of the mixture
 GENERAL = ("files", "hub")  # sources that read rows of several kinds of task
 # mean_accuracy is that of all tasks
 NAME = Rule(
@@ -60,6 +61,7 @@ def settings_of(given: object, usual: Mapping[str, object]) -> dict[str, object]
         complete = dict(settings)
     elif not isinstance(settings.get("data"), str):
         raise InputError(f"{dict(settings)} names no configuration: add data:NAME, as data:files")
+    # a user who has files alone need not know that they are a configuration
     elif settings["data"] not in options_of("data") and Path(settings["data"]).is_file():
         raise InputError(f"{settings['data']} is a file: write {FILES}")
     else:
@@ -101,6 +103,7 @@ def look_up_sets(data: Mapping[str, object]) -> None:
     Raises:
         InputError: as `with_sets`, or as `look_up` of a set.
     """
+    # the sources of several sets themselves import torch: what is left to them is what sets share
     complete = with_sets(data, usual_of(data))["sets"]
     assert isinstance(complete, dict)
     for name, settings in complete.items():
