@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 3350,
     "core": 14050,
     "efficiency": 8400,
-    "data": 16730,
+    "data": 16740,
     "training": 16640,
     "methods": 19000,
     "adapters": 9150,

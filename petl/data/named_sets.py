@@ -11,7 +11,7 @@ from petl.system.settings.command_line import options_of, raw
 from petl.system.settings.schema import plain
 from petl.system.values import Rule
 
-# a set of these has the task of the mixture
+# a set of these sources has the task of the mixture
 GENERAL = ("files", "hub")  # sources that read rows of several kinds of task
 # mean_accuracy is that of all tasks
 NAME = Rule(

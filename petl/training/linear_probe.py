@@ -204,7 +204,6 @@ def linear_probe(
 def rows_by_set(rows: Dataset, sets: Sequence[str]) -> dict[str, list[int]]:
     """Return the positions of the rows of each of the mixed sets that has any."""
     numbers = list(rows[SET]) if sets else []
-    # a set may have lost its rows, such as those that are too long
     found = {name: [at for at, n in enumerate(numbers) if n == i] for i, name in enumerate(sets)}
     return {name: positions for name, positions in found.items() if positions}
 
