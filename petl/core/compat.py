@@ -18,6 +18,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.peft_model import PeftModelForQuestionAnswering
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
 from peft.tuners.boft.layer import get_fbd_cuda
@@ -76,6 +77,7 @@ __all__ = [
     "TrainableTokensLayer",
     "adapter_weights",
     "adapts_norms",
+    "add_beside",
     "add_method",
     "adjustments_refused",
     "announce_method",
@@ -433,6 +435,22 @@ def adapter_weights(tuner: BaseTuner, adapter_name: str) -> dict[str, tuple[nn.M
             if any(".".join(parts[:i]) in prefixes for i in range(1, len(parts) + 1)):
                 weights[".".join(parts)] = owner, name
     return weights
+
+
+def add_beside(layer: BaseTunerLayer, name: str, adapter_name: str, tensor: Tensor) -> None:
+    """Add a tensor of an adapter to a layer of PEFT, in a dict of this name by adapter.
+
+    A parameter trains with the adapter; a buffer does not. Both are saved and deleted with it.
+    """
+    is_trained = isinstance(tensor, nn.Parameter)
+    if not hasattr(layer, name):
+        setattr(layer, name, nn.ParameterDict() if is_trained else BufferDict(persistent=True))
+        # tuples of the class; PEFT walks over these
+        if is_trained:
+            layer.adapter_layer_names = (*layer.adapter_layer_names, name)
+        else:
+            layer.other_param_names = (*layer.other_param_names, name)
+    getattr(layer, name)[adapter_name] = tensor
 
 
 def drop_base_weights(model: nn.Module, state: dict[str, Tensor]) -> None:

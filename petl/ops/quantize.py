@@ -5,10 +5,13 @@ number of its code (0 is the smallest) at bit `bits * (i % per)` of byte `i // p
 `per = 8 / bits` codes in a byte, lowest bits first.
 """
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from petl.ops import Ctx
 
 # Code books of 1, 2, 4 and 8 bits with minimal expected absolute error for a standard normal. Each
 # code is the median of its cell and each boundary is midway between two codes. The books are
@@ -100,12 +103,18 @@ def quantize(W: Tensor, bits: int) -> Tensor:
     return quantize_each(W.reshape(1, -1), bits).view(W.shape)
 
 
-def encode(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return `quantize(W)` as packed codes, uint8 [ceil(N bits / 8)], and float32 [mu, sigma]."""
+def numbers_of(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return `quantize(W)` as numbers of codes, int64 [N], and float32 [mu, sigma]."""
     W_1N = W.detach().float().reshape(1, -1)
     sigma, mu = torch.std_mean(W_1N, dim=1, keepdim=True)
     numbers = nearest((W_1N - mu) / (sigma + EPSILON), bits)
-    return pack(numbers.view(-1), bits), torch.cat([mu, sigma]).view(2)
+    return numbers.view(-1), torch.cat([mu, sigma]).view(2)
+
+
+def encode(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return `quantize(W)` as packed codes, uint8 [ceil(N bits / 8)], and float32 [mu, sigma]."""
+    numbers, stats = numbers_of(W, bits)
+    return pack(numbers, bits), stats
 
 
 def decode(packed: Tensor, stats: Tensor, shape: torch.Size, bits: int) -> Tensor:
@@ -155,3 +164,105 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
 def shifts(bits: int, device: torch.device) -> Tensor:
     """Return the bit position of each number in a byte."""
     return torch.arange(0, 8, bits, device=device)
+
+
+# Steps on the codes themselves: Malinovskii et al. 2024, "PV-Tuning", arXiv:2405.14852
+
+
+class _Coded(torch.autograd.Function):
+    """`sigma * code + mu`, whose gradient also goes to a buffer of the same shape as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Ctx, buffer_LN: Tensor, numbers_LN: Tensor, stats_L2: Tensor, bits: int
+    ) -> Tensor:
+        mu, sigma = stats_L2.float().unsqueeze(1).unbind(2)
+        ctx.save_for_backward(numbers_LN)
+        ctx.bits = bits
+        # in the order of `decode`, so that a saved adapter has equal values
+        return sigma * code_book(bits, numbers_LN.device)[0][numbers_LN.long()] + mu
+
+    @staticmethod
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # ty: ignore[incompatible-method-override]
+        (numbers_LN,) = ctx.saved_tensors
+        codes_LN = code_book(ctx.bits, numbers_LN.device)[0][numbers_LN.long()]
+        return grad, None, torch.stack([grad.sum(1), (grad * codes_LN).sum(1)], 1), None
+
+
+def coded_each(buffer_LN: Tensor, numbers_LN: Tensor, stats_L2: Tensor, bits: int) -> Tensor:
+    """Return `sigma * code + mu` for each row, float32 [L, N].
+
+    With G the gradient at it, mu gets sum(G), sigma sum(G code), and the buffer G.
+
+    Args:
+        buffer_LN: what collects the gradient; its values are not read.
+        numbers_LN: of the codes.
+        stats_L2: mu and sigma of each row.
+        bits: of a code.
+    """
+    return _Coded.apply(buffer_LN, numbers_LN, stats_L2, bits)
+
+
+def pv_codes(
+    codes: Tensor,
+    target: Tensor,
+    mu: Tensor,
+    sigma: Tensor,
+    bits: int,
+    *,
+    fraction: float = 1.0,
+    trust: float | None = None,
+) -> Tensor:
+    """Return numbers of codes after one V step towards `target`, int64 in the shape of `codes`.
+
+    An entry is due if the value nearest to its target is not the one that it has. Of these, the
+    ceil(fraction N) with the largest distance between target and value get their nearest code; of
+    equal ones those of smaller index.
+
+    Args:
+        codes: the numbers of the present codes, of any integer type; not changed.
+        target: of each value, in the shape of `codes`.
+        mu: mean, 0-d.
+        sigma: deviation, 0-d, above 0.
+        bits: of a code.
+        fraction: the largest share of entries that change, in (0, 1].
+        trust: the entries change in that order as long as the norm of the change is at most this
+            share of the norm of the present values; the first one always does. None: no bound.
+    """
+    stats_12 = torch.stack([mu, sigma]).view(1, 2)
+    rows = codes.reshape(1, -1), target.reshape(1, -1)
+    return pv_codes_each(*rows, stats_12, bits, fraction=fraction, trust=trust).view(codes.shape)
+
+
+def pv_codes_each(
+    numbers_LN: Tensor,
+    target_LN: Tensor,
+    stats_L2: Tensor,
+    bits: int,
+    *,
+    fraction: float,
+    trust: float | None,
+) -> Tensor:
+    """Return `pv_codes` of each row, int64 [L, N]; nothing waits for the device."""
+    mu, sigma = stats_L2.unsqueeze(1).unbind(2)
+    codes, numbers_LN = code_book(bits, target_LN.device)[0], numbers_LN.long()
+    goal_LN = nearest((target_LN - mu) / sigma, bits)
+    N = target_LN.shape[1]
+    count = math.ceil(fraction * N)
+    if count == N and trust is None:
+        return goal_LN
+    W_LN = sigma * codes[numbers_LN] + mu
+    # The bits of floats of one sign have the order of the floats; below them, the smaller index is
+    # the larger number. So no two keys are equal, and every device picks the same entries.
+    distance_LN = (target_LN - W_LN).abs().float()
+    places_N = torch.arange(N - 1, -1, -1, device=W_LN.device)
+    key_LN = distance_LN.view(torch.int32).long() << 32 | places_N
+    key_LK, picked_LK = key_LN.where(goal_LN != numbers_LN, -1).topk(count, dim=1)
+    before_LK, after_LK = numbers_LN.gather(1, picked_LK), goal_LN.gather(1, picked_LK)
+    takes_LK = key_LK >= 0
+    if trust is not None:
+        moved_LK = (sigma * (codes[after_LK] - codes[before_LK])).square().cumsum(1)
+        near_LK = moved_LK <= trust**2 * W_LN.square().sum(1, keepdim=True)
+        near_LK[:, 0] = True
+        takes_LK &= near_LK
+    return numbers_LN.scatter(1, picked_LK, after_LK.where(takes_LK, before_LK))

@@ -235,6 +235,10 @@ class Rule:
 
 FREE = Rule("a value of its type", lambda value: True)
 
+BETAS = Rule(
+    "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
+)
+
 
 def integer(low: int, high: int = LARGEST) -> Rule:
     """Rule for integers from `low` to `high`."""

@@ -25,6 +25,7 @@ from petl.core.loading import load
 from petl.core.refusals import is_lora
 from petl.core.registry import require_capability
 from petl.core.support import Capability
+from petl.ops.quantize import encode
 from petl.ops.ternary import FILE
 from petl.system.files.tensor_file import Shapes
 
@@ -137,8 +138,7 @@ class Bits(Feature):
             weight = self.weights[live]
             stored[live] = weight.bits, weight.packed
             if bits != weight.bits:
-                weight.bits, weight.packed = bits, None
-                weight.packed = weight.encode(value)
+                weight.bits, weight.packed = bits, encode(value, bits)
             if bits != config.bits:
                 chosen[tuner._remove_adapter_name_from_key(live[len(TUNER) :], ADAPTER)] = bits
         try:

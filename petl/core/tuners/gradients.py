@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft import PeftModel
@@ -177,6 +177,7 @@ def _patient(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 # optimizer steps without an update, by tuner; one that was updated is no longer watched
 _WITHOUT_UPDATE: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_NEVER_UPDATED: WeakSet[nn.Module] = WeakSet()  # tuners after `PATIENCE` such steps
 PATIENCE = 2  # steps; the first update may come after the first one
 
 
@@ -186,8 +187,14 @@ def watch_updates(tuner: nn.Module) -> None:
 
 
 def updated(tuner: nn.Module) -> None:
-    """Stop watching a tuner, whose update was called."""
+    """Stop watching a tuner, whose update was called, or whose steps need none."""
     _WITHOUT_UPDATE.pop(tuner, None)
+    _NEVER_UPDATED.discard(tuner)
+
+
+def never_updated(tuner: nn.Module) -> bool:
+    """Return True if two optimizer steps have changed this tuner's parameters without an update."""
+    return tuner in _NEVER_UPDATED
 
 
 def _count_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -198,6 +205,7 @@ def _count_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         _WITHOUT_UPDATE[tuner] += 1
         if _WITHOUT_UPDATE[tuner] >= PATIENCE:
             del _WITHOUT_UPDATE[tuner]
+            _NEVER_UPDATED.add(tuner)
             if getattr(tuner, "needs_updates", True):
                 logger.warning(
                     "%s has taken %d optimizer steps without an update, so it selects nothing: "

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from petl.core.lifecycle import lifecycle
 from petl.core.parameters import trainable
+from petl.core.tuners.gradients import updated
 from petl.core.types import Record
 from petl.data.base import read_from, refuse_stream
 from petl.data.batch_sampler import Buckets, Ints, split_by
@@ -277,6 +278,7 @@ def by_trials(config: RunConfig, splits: Splits, accelerator: Accelerator) -> Ge
     with limited_memory(device), for_training(model, settings):
         hooks = lifecycle(model)
         hooks.prepare(FirstBatches(splits, settings, device))
+        updated(model.base_model)  # no step of a trial is one of training
         optimizer = make_optimizer(model, settings, hooks)
         engine = make_engine(model, optimizer, settings.max_grad_norm, accelerator)
         with restored(model, optimizer, device):

@@ -10,9 +10,12 @@ from petl.core.spec.facts import facts_of
 from petl.errors import InputError
 from petl.methods.families.outer import OuterConfig
 from petl.ops.quantize import BITS
+from petl.system.values import BETAS, field
 
 DEFAULT_INNER = "adapter"
 FORMATS = ("packed", "stacked", "latent")
+STEPS = ("straight_through", "pv")
+ON_CODES = ("steps=pv", lambda config: config.steps == "pv")
 UNSUPPORTED_INNER = {  # by method, the reason that an error gives
     "binary": "its weights are quantized already",
     "adalora": "it prunes by setting values to zero, which no code represents",
@@ -78,8 +81,44 @@ class BinaryConfig(OuterConfig):
         acts=("head_bits", lambda config: config.head_bits is not None),
     )
 
+    steps: str = config_field(
+        "straight_through (float32 weights train and are rounded in each forward pass) or pv "
+        "(mean, deviation and codes themselves train, a few codes after each optimizer step)",
+        "straight_through",
+        choices=STEPS,
+    )
+    pv_fraction: float = config_field(
+        "largest share of a tensor's codes that change in a step", 0.01, gt=0, le=1, acts=ON_CODES
+    )
+    pv_trust: float | None = config_field(
+        "largest change of a tensor in a step, as a share of its norm; null: no bound",
+        None,
+        gt=0,
+        acts=ON_CODES,
+    )
+    pv_decay: float = config_field(
+        "by how much the buffers of the gradients return to the quantized values after a step, "
+        "from 0 (not at all) to 1 (completely)",
+        0.0,
+        ge=0,
+        le=1,
+        acts=ON_CODES,
+    )
+    pv_lr_ratio: float = config_field(
+        "learning rate of the buffers over that of the method", 10.0, gt=0, acts=ON_CODES
+    )
+    pv_betas: list[float] = field(
+        [0.0, 0.95], BETAS, "AdamW's betas for the buffers", acts=ON_CODES
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.pv_betas = list(self.pv_betas)
+        require(
+            self.steps != "pv" or self.head_bits is None,
+            f"head_bits={self.head_bits} with steps=pv: the head would train straight-through; "
+            "leave head_bits out, or use steps=straight_through",
+        )
         self.exclude_params = list(self.exclude_params)  # from a tuple or OmegaConf's list
         self.bits_pattern = dict(self.bits_pattern)
         for name, bits in self.bits_pattern.items():

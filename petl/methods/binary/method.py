@@ -2,11 +2,12 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from petl.core.compat import BaseTunerLayer, adapter_weights
 from petl.core.layers.class_swap import swapped_class
@@ -32,6 +33,15 @@ from petl.methods.binary.config import (
     BinaryConfig,
 )
 from petl.methods.binary.head import find_head, prepare_head
+from petl.methods.binary.pv import (
+    CODES,
+    STATS,
+    CodedWeight,
+    coded_of,
+    distance,
+    optimizer_of,
+    take_steps,
+)
 from petl.methods.binary.quantized_weights import (
     QuantizedOwner,
     QuantizedWeight,
@@ -49,9 +59,14 @@ from petl.system.files.tensor_file import check_finite
 START_TOLERANCE = 0.05
 HEAD_IN_CODES = "its head is quantized (head_bits), which a LoRA cannot save"
 MOST_COLUMNS = 16  # of the heat map of codes
-CODES, STATS = "_codes", "_stats"  # suffixes of a packed tensor's name in the file
 LATENT = "latent."  # prefix in the training state
-QUANTIZER = "quantizer"  # what the method remembers of a model
+QUANTIZER, PROGRESS = "quantizer", "progress"  # what the method remembers of a model
+UNLESS_PV = {
+    Capability.FSDP: "those of a shard with the largest distance are not the tensor's: use ddp",
+    Capability.ZERO: "ZeRO has its own copies of what trains, which that does not reach: use ddp",
+    Capability.ADAMR: "the reference does not move with them",
+}
+MOVED = "the codes change after each optimizer step (steps=pv), and {}"
 Training = TrainContext[Any, Any]
 
 
@@ -81,6 +96,13 @@ class Binary(Outer):
             own = HEAD_IN_CODES if is_head else ""
             return own or reason_of(inner.lacks, Capability.LORA_EXPORT, config)
 
+        def unless_pv(capability: Capability, why: str) -> Callable[[Any], str]:
+            def reason(config: Any) -> str:
+                is_pv = config is not None and config.steps == "pv"
+                return MOVED.format(why) if is_pv else inner.lacking(capability, config)
+
+            return reason
+
         adapter_cls = inner.adapter_cls
         return {
             "adapter_cls": adapter_cls and swapped_class(QuantizedOwner, adapter_cls),
@@ -88,7 +110,10 @@ class Binary(Outer):
             "keep_float32": True,  # half precision loses the small updates of latent weights
             "resumable": {"save_format": "latent"},
             "inner_defaults": INNER_DEFAULTS.get(inner.name, {}),
-            "lacks": {Capability.LORA_EXPORT: lora_reason},
+            "lacks": {
+                Capability.LORA_EXPORT: lora_reason,
+                **{each: unless_pv(each, why) for each, why in UNLESS_PV.items()},
+            },
         }
 
     # Adding and removing an adapter
@@ -109,7 +134,7 @@ class Binary(Outer):
             InputError: there are none, or fields of the config name others.
         """
         if QUANTIZER not in new.kept:
-            quantizer = new.kept[QUANTIZER] = Quantizer(new.context)
+            quantizer = new.kept[QUANTIZER] = Quantizer(new.context, new.tuner)
             new.hooks.append(new.model.register_forward_pre_hook(quantizer.begin))
         quantizer, config = new.kept[QUANTIZER], new.config
         super().added(new)
@@ -124,6 +149,7 @@ class Binary(Outer):
         for quantized in weights:
             add_quantized_weight(quantized)
             initialize_constant(quantized.weight)
+            quantized.start()
         layers = [m for m in new.model.modules() if isinstance(m, BaseTunerLayer)]
         set_refusal(layers, new.name, HEAD_IN_CODES if has_head else "")
         # also modules that compute with weights of others, such as shared pools
@@ -138,6 +164,33 @@ class Binary(Outer):
         quantizer: Quantizer = old.kept[QUANTIZER]
         for quantized in quantizer.quantized_weights.pop(old.name, []):
             del quantized.owner.__dict__["quantized_weights"][quantized.name]
+
+    # Training, with steps on codes
+
+    def optimizer(self, t: Training) -> Optimizer | None:
+        """That of the inner method, or AdamW with groups of their own for the buffers."""
+        configs = {id(w.weight): config for config, weights in _coded(t) for w in weights}
+        own = super().optimizer(t)
+        return optimizer_of(t.groups, configs) if own is None and configs else own
+
+    def is_idle(self, t: Training) -> bool:
+        """True if no codes train."""
+        return not any(config.steps == "pv" for config in t.configs)
+
+    def after_step(self, t: Training) -> None:
+        """Change the codes of the weights that train."""
+        super().after_step(t)
+        for config, weights in _coded(t):
+            t.kept[PROGRESS] = take_steps(weights, config)
+
+    def metrics(self, t: Training) -> dict[str, float]:
+        """The share of codes that the last step changed, and how far the buffers are from them."""
+        weights = [weight for _, own in _coded(t) for weight in own]
+        progress = t.kept.get(PROGRESS)
+        found = super().metrics(t)
+        if progress is not None:
+            found["codes_changed"] = float(progress.changed) / progress.total
+        return found | ({"distance": distance(weights)} if weights else {})
 
     # Results
 
@@ -191,9 +244,11 @@ class Binary(Outer):
 
     def pack(self, saved: AdapterSet[Any, Any], tensors: Tensors) -> Tensors:
         """The inner method's tensors, with codes and statistics in place of quantized weights."""
-        config, entries = saved.config, super().pack(saved, tensors)
+        config, weights = saved.config, _quantized_weights(saved)
+        beside = {name for keys, w in weights for key in keys for name in w.beside(key)}
+        entries = super().pack(saved, {k: t for k, t in tensors.items() if k not in beside})
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
-        for keys, quantized in _quantized_weights(saved):
+        for keys, quantized in weights:
             # PEFT adds heads to `entries` later
             source = saved.state if quantized.head else entries
             # a shared weight is saved under one of its names
@@ -208,9 +263,9 @@ class Binary(Outer):
             entries.pop(key, None)
             if config.save_format == "latent":
                 entries[name] = weight
-            elif config.save_format == "stacked":
+            if config.save_format == "stacked":
                 stacked[_label(saved, keys, quantized)] = quantized.encode(gathered(weight))
-            else:
+            elif config.save_format == "packed" or quantized.takes_steps:
                 entries[name + CODES], entries[name + STATS] = quantized.encode(gathered(weight))
         return entries | (stack(stacked) if stacked else {})
 
@@ -221,7 +276,8 @@ class Binary(Outer):
             InputError: a quantized weight is missing or has another size.
         """
         check_finite(tensors, "the adapter file")
-        entries, trains, packed = dict(tensors), not saved.config.inference_mode, False
+        entries, trains = dict(tensors), not saved.config.inference_mode
+        more, lost = dict[str, Tensor](), ""
         weights = _quantized_weights(saved)
         if any(name.startswith(STACK) for name in entries):
             sizes = {
@@ -237,26 +293,29 @@ class Binary(Outer):
                 (n for n in names if n in entries or n + CODES in entries), next(iter(names))
             )
             codes, stats = entries.pop(name + CODES, None), entries.pop(name + STATS, None)
+            latent, both = entries.pop(name, None), None
             if codes is not None and stats is not None:
-                entries[name] = quantized.decode(codes, stats, trains=trains)
-                # latent weights are lost: see the warning below
-                packed = True
-            elif codes is None and stats is None and name in entries:
-                quantized.packed = None  # a file of latent weights
-            else:
+                quantized.check(codes, stats)
+                both = codes, stats
+            elif codes is not None or stats is not None or latent is None:
                 raise InputError(
                     f"the adapter file has no {name}, or not both of its codes and statistics; it "
                     "is incomplete, or was saved from another model or config"
                 )
+            if latent is None or (not quantized.takes_steps and both is not None):
+                lost = quantized.lost
+            found = dict(quantized.loaded(latent, both, trains=trains))
+            entries[name] = found.pop("")
+            more |= {name + suffix: tensor for suffix, tensor in found.items()}
             if quantized.head:
                 entries[names[name]] = entries.pop(name)
-        if packed and trains:
+        if lost and trains:
             warnings.warn(
-                "the adapter file has codes but no latent weights: training starts from weights "
-                "spread evenly around the codes; to resume exactly, save with save_format='latent'",
+                f"the adapter file has codes but {lost}; to resume exactly, save with "
+                "save_format='latent'",
                 stacklevel=3,
             )
-        return super().unpack(saved, entries)
+        return super().unpack(saved, entries) | more
 
 
 def quantizer_of(model: nn.Module) -> Quantizer | None:
@@ -267,10 +326,14 @@ def quantizer_of(model: nn.Module) -> Quantizer | None:
 def _choose(new: NewAdapters[Any, Any], quantizer: Quantizer) -> list[QuantizedWeight]:
     """The weights to quantize: tensors of two or more dimensions that are not excluded."""
     config, weights = new.config, dict[str, QuantizedWeight]()
+    kind = CodedWeight if config.steps == "pv" else QuantizedWeight
     for key, (owner, name) in adapter_weights(new.tuner, new.name).items():
         short = new.name_in_file(key)
         bits = config.bits_pattern.get(short, config.bits)
-        quantized = QuantizedWeight(owner, name, bits, new.name, quantizer)
+        quantized = kind(owner, name, bits, new.name, quantizer)
+        if isinstance(quantized, CodedWeight) and isinstance(owner, nn.ParameterDict):
+            path, quantized.in_layer, _ = key.rsplit(".", 2)
+            quantized.layer = new.tuner.get_submodule(path)
         # biases, norms and scales stay in float32
         if quantized.weight.dim() > 1 and quantized.weight.numel() > 1:
             weights[short] = quantized
@@ -295,6 +358,14 @@ def _choose(new: NewAdapters[Any, Any], quantizer: Quantizer) -> list[QuantizedW
         for key in matched:
             del weights[key]
     return list(weights.values())
+
+
+def _coded(t: Training) -> Iterator[tuple[Any, list[CodedWeight]]]:
+    """Yield the weights of active adapters that train with steps on codes, with their config."""
+    for adapters in t.active:
+        weights = coded_of(t.kept[QUANTIZER].quantized_weights[adapters.name])
+        if weights:
+            yield adapters.config, weights
 
 
 def _latent(t: Training) -> Iterator[tuple[str, QuantizedWeight]]:

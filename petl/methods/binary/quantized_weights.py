@@ -7,7 +7,7 @@ adapter runs. So any method can be quantized without code of its own.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, cast
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from petl.core.layers.class_swap import SwappedClass, swap_class
 from petl.core.layers.context import ForwardContext, num_processes
 from petl.core.layers.layer import HALF
+from petl.core.tuners.gradients import never_updated
 from petl.core.types import Arguments, Record
 from petl.errors import InputError
 from petl.ops.quantize import decode, decode_latent, encode, packed_bytes, quantize, quantize_each
@@ -27,14 +28,27 @@ COMPUTING = (
     "matrices", "generated",
 )  # fmt: skip
 
+Packed = tuple[Tensor, Tensor]  # codes and statistics, as a file has them
+
 
 class CachedValue(NamedTuple):
-    """A quantized value, valid as long as its weight has this version and data pointer."""
+    """A quantized value, valid as long as its sources have these versions and data pointers."""
 
-    weight: Tensor
-    version: int
-    address: int
+    sources: Sequence[Tensor]
+    states: list[tuple[int, int]]
     value: Tensor
+
+    @classmethod
+    def of(cls, sources: Sequence[Tensor], value: Tensor) -> "CachedValue":
+        """A value that was computed from the present contents of `sources`."""
+        return cls(sources, [(t._version, t.data_ptr()) for t in sources], value)
+
+    def is_valid(self, sources: Sequence[Tensor]) -> bool:
+        """True if the value is that of these sources, unchanged."""
+        return all(
+            old is new and state == (new._version, new.data_ptr())
+            for old, new, state in zip(self.sources, sources, self.states, strict=True)
+        )
 
 
 class Quantizer:
@@ -50,8 +64,8 @@ class Quantizer:
         quantized_weights: the quantized weights of each adapter, by adapter name.
     """
 
-    def __init__(self, context: ForwardContext) -> None:
-        self.context = context
+    def __init__(self, context: ForwardContext, tuner: nn.Module) -> None:
+        self.context, self.tuner = context, tuner
         self.depth = 0
         self.quantized_weights: dict[str, list[QuantizedWeight]] = {}
         self._cache: dict[bool, dict[int, CachedValue]] = {False: {}, True: {}}  # by grad mode, id
@@ -84,6 +98,12 @@ class Quantizer:
                 "trained; load it with is_trainable=True, or better from a file saved with "
                 "save_format='latent'"
             )
+        if any(quantized.takes_steps for quantized in trained) and never_updated(self.tuner):
+            raise InputError(
+                "steps=pv changes codes after each optimizer step, and two steps have come without "
+                "that: pass callbacks=[petl.Callback()] to a Trainer, or call "
+                "petl.lifecycle(model).after_step(step, optimizer) in a loop of your own"
+            )
         if not self._warned and any(quantized.weight.dtype in HALF for quantized in trained):
             self._warned = True
             warnings.warn(
@@ -95,33 +115,28 @@ class Quantizer:
         gathered = [w for w in trained if type(w.weight) is nn.Parameter and len(w.weight)]
         gathered.sort(key=QuantizedWeight.group_key)
         cache = {}
-        for (shape, bits, *_), group in groupby(gathered, key=QuantizedWeight.group_key):
-            weights: list[Tensor] = [quantized.weight for quantized in group]
-            values = quantize_each(torch.stack(weights).flatten(1), bits).view(-1, *shape)
-            for weight, value in zip(weights, values.unbind(), strict=True):
-                cache[id(weight)] = CachedValue(weight, weight._version, weight.data_ptr(), value)
+        for _, group in groupby(gathered, key=QuantizedWeight.group_key):
+            alike = list(group)
+            values = alike[0].values(alike).view(-1, *alike[0].weight.shape)
+            for quantized, value in zip(alike, values.unbind(), strict=True):
+                cache[id(quantized.weight)] = CachedValue.of(quantized.sources, value)
         return cache
 
-    def read(self, weight: Tensor, bits: int) -> Tensor:
-        """The quantized value of `weight`, from the cache if it is valid."""
-        if torch.compiler.is_compiling() or weight.is_inference():  # these have no version
-            return quantize(weight, bits)
+    def read(self, quantized: "QuantizedWeight") -> Tensor:
+        """The value of a weight, from the cache if it is valid."""
+        sources, weight = quantized.sources, quantized.weight
+        # these have no version
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
+            return quantized.value()
         trains = torch.is_grad_enabled()
         if self.context.recording and not trains:
             self._reentrant = True  # first pass over a segment; the second must build a graph
         cached = self._cache[trains].get(id(weight))
-        if (
-            cached is not None
-            and cached.weight is weight
-            and cached.version == weight._version
-            and cached.address == weight.data_ptr()
-            and not (trains and self._reentrant)
-        ):
+        if cached is not None and cached.is_valid(sources) and not (trains and self._reentrant):
             return cached.value
-        value = quantize(weight, bits)
+        value = quantized.value()
         if not trains and type(weight) is nn.Parameter:  # not a DTensor or fake tensor
-            cached = CachedValue(weight, weight._version, weight.data_ptr(), value)
-            self._cache[False][id(weight)] = cached
+            self._cache[False][id(weight)] = CachedValue.of(sources, value)
         return value
 
 
@@ -140,38 +155,85 @@ class QuantizedWeight:
     bits: int
     adapter_name: str
     quantizer: Quantizer = field(repr=False)
-    packed: tuple[Tensor, Tensor] | None = None
+    packed: Packed | None = None
     head: bool = False
+
+    takes_steps: ClassVar[bool] = False  # True: its codes change after each optimizer step
+    # what is lost if training goes on from codes
+    lost: ClassVar[str] = (
+        "no latent weights: training starts from weights spread evenly around the codes"
+    )
 
     @property
     def weight(self) -> nn.Parameter:
         """The latent weight."""
         return cast(nn.Parameter, self.owner._parameters[self.name])
 
-    def group_key(self) -> tuple[list[int], int, str, str]:
-        """Shape, bits, device and dtype: weights equal in these are quantized together."""
+    @property
+    def sources(self) -> Sequence[Tensor]:
+        """The tensors from which `value` is computed."""
+        return (self.weight,)
+
+    def group_key(self) -> tuple[list[int], int, str, str, str]:
+        """Shape, bits, device, dtype and kind: weights equal in these are quantized together."""
         weight = self.weight
-        return list(weight.shape), self.bits, str(weight.device), str(weight.dtype)
+        return (
+            *(list(weight.shape), self.bits, str(weight.device), str(weight.dtype)),
+            type(self).__name__,
+        )
 
     def read(self) -> Tensor:
         """The quantized value, with which the adapter computes."""
-        weight = self.weight
-        return weight if self.packed is not None else self.quantizer.read(weight, self.bits)
+        return self.weight if self.packed is not None else self.quantizer.read(self)
+
+    def value(self) -> Tensor:
+        """The quantized value, computed."""
+        return quantize(self.weight, self.bits)
+
+    @staticmethod
+    def values(weights: "Sequence[Any]") -> Tensor:
+        """The quantized values of L weights with one `group_key`, [L, N]."""
+        stacked = torch.stack([quantized.weight for quantized in weights])
+        return quantize_each(stacked.flatten(1), weights[0].bits)
 
     def unwrapped_key(self, key: str) -> str:
         """`key` without PEFT's wrapper of the head, if this is the head's weight."""
         return key.replace(f".modules_to_save.{self.adapter_name}.", ".") if self.head else key
 
-    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def start(self) -> None:
+        """Complete a new weight, which has its initial values."""
+
+    def beside(self, key: str) -> Sequence[str]:
+        """Names in the model of the tensors besides the weight, whose name is `key`."""
+        return ()
+
+    def encode(self, weight: Tensor) -> Packed:
         """Codes and statistics for the file; `weight` is the gathered latent weight."""
         return encode(weight, self.bits) if self.packed is None else self.packed
 
-    def decode(self, codes: Tensor, stats: Tensor, *, trains: bool) -> Tensor:
-        """Decode a weight from a packed file: quantized values, or latent ones if it `trains`.
+    def loaded(
+        self, latent: Tensor | None, packed: Packed | None, *, trains: bool
+    ) -> Mapping[str, Tensor]:
+        """Take what a file has of the weight, and return the model's tensors for it.
 
-        Raises:
-            InputError: the tensors have other shapes than this weight's.
+        Args:
+            latent: the weight; None: the file has codes alone.
+            packed: codes and statistics, or None.
+            trains: False for an adapter that is loaded for inference.
+
+        Returns:
+            by suffix of the weight's name.
         """
+        self.packed = None if trains else packed
+        if packed is not None:
+            return {
+                "": (decode_latent if trains else decode)(*packed, self.weight.shape, self.bits)
+            }
+        assert latent is not None
+        return {"": latent}
+
+    def check(self, codes: Tensor, stats: Tensor) -> None:
+        """Raise InputError unless codes and statistics of a file have this weight's shapes."""
         shape = self.weight.shape
         expected = packed_bytes(shape.numel(), self.bits)
         if codes.dtype != torch.uint8 or codes.shape != (expected,) or stats.shape != (2,):
@@ -179,8 +241,6 @@ class QuantizedWeight:
                 f"{codes.numel()} bytes of codes do not fit a weight {list(shape)} of {self.bits} "
                 f"bits, which needs {expected}; the file was saved with another config"
             )
-        self.packed = None if trains else (codes, stats)
-        return (decode_latent if trains else decode)(codes, stats, shape, self.bits)
 
 
 class QuantizedOwner(SwappedClass, nn.Module):

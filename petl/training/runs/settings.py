@@ -15,6 +15,7 @@ from petl.system.files.read import read_yaml
 from petl.system.imports.tables import METHODS
 from petl.system.settings.schema import plain
 from petl.system.values import (
+    BETAS,
     LARGEST,
     LR,
     Rule,
@@ -33,9 +34,6 @@ ANY_PATH = Rule("a path", lambda value: not why_impossible(value))
 AUTO_OR_COUNT = Rule(
     "auto or an integer from 1",
     lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
-)
-BETAS = Rule(
-    "two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v)
 )
 SIZES = Rule(
     "a file of `petl batch-sizes`, or batch sizes by longest length such as {16: 64}",
