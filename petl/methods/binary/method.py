@@ -96,8 +96,8 @@ class Binary(Outer):
             own = HEAD_IN_CODES if is_head else ""
             return own or reason_of(inner.lacks, Capability.LORA_EXPORT, config)
 
-        def unless_pv(capability: Capability, why: str) -> Callable[[Any], str]:
-            def reason(config: Any) -> str:
+        def unless_pv(capability: Capability, why: str) -> Callable[[BinaryConfig | None], str]:
+            def reason(config: BinaryConfig | None) -> str:
                 is_pv = config is not None and config.steps == "pv"
                 return MOVED.format(why) if is_pv else inner.lacking(capability, config)
 
@@ -180,6 +180,7 @@ class Binary(Outer):
     def after_step(self, t: Training) -> None:
         """Change the codes of the weights that train."""
         super().after_step(t)
+        # in this order: where several adapters train, the last one is what `metrics` shows
         for config, weights in _coded(t):
             t.kept[PROGRESS] = take_steps(weights, config)
 
@@ -293,6 +294,7 @@ class Binary(Outer):
                 (n for n in names if n in entries or n + CODES in entries), next(iter(names))
             )
             codes, stats = entries.pop(name + CODES, None), entries.pop(name + STATS, None)
+            # one, the other, or both: of steps=pv, a file to resume from has codes and buffers
             latent, both = entries.pop(name, None), None
             if codes is not None and stats is not None:
                 quantized.check(codes, stats)
@@ -360,7 +362,7 @@ def _choose(new: NewAdapters[Any, Any], quantizer: Quantizer) -> list[QuantizedW
     return list(weights.values())
 
 
-def _coded(t: Training) -> Iterator[tuple[Any, list[CodedWeight]]]:
+def _coded(t: Training) -> Iterator[tuple[BinaryConfig, list[CodedWeight]]]:
     """Yield the weights of active adapters that train with steps on codes, with their config."""
     for adapters in t.active:
         weights = coded_of(t.kept[QUANTIZER].quantized_weights[adapters.name])

@@ -17,7 +17,7 @@ Shapes: L weights, N entries of each.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.optim import AdamW, Optimizer
 
 from petl.core.compat import BaseTunerLayer, add_beside
 from petl.core.types import Group
+from petl.methods.binary.config import BinaryConfig
 from petl.methods.binary.quantized_weights import Packed, QuantizedWeight
 from petl.ops.quantize import coded_each, decode, numbers_of, pack, pv_codes_each, unpack
 from petl.system.values import LR
@@ -75,11 +76,10 @@ class CodedWeight(QuantizedWeight):
         """The quantized value."""
         return self.values([self]).view(self.weight.shape)
 
-    @staticmethod
-    def values(weights: Sequence[Any]) -> Tensor:
-        """The quantized values of L weights with one `group_key`, [L, N]."""
-        buffer_LN, numbers_LN, stats_L2 = stacked(weights)
-        return coded_each(buffer_LN, numbers_LN, stats_L2, weights[0].bits)
+    def values(self, alike: Sequence[Self]) -> Tensor:
+        """The quantized values of L weights with this one's `group_key`, [L, N]."""
+        buffer_LN, numbers_LN, stats_L2 = stacked(alike)
+        return coded_each(buffer_LN, numbers_LN, stats_L2, self.bits)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -89,6 +89,7 @@ class CodedWeight(QuantizedWeight):
         stats = torch.empty(2, device=weight.device)
         if not weight.is_meta:
             numbers, found = numbers_of(weight, self.bits)
+            # that of the first forward pass with straight-through gradients, to the bit
             codes.copy_(numbers.view(weight.shape))
             stats.copy_(found)
         parameter = nn.Parameter(stats, requires_grad=weight.requires_grad)
@@ -159,7 +160,7 @@ class Progress(NamedTuple):
 
 
 @torch.no_grad()
-def take_steps(weights: Iterable[CodedWeight], config: Any) -> Progress:
+def take_steps(weights: Iterable[CodedWeight], config: BinaryConfig) -> Progress:
     """Take the V step of each weight, after the step of the optimizer.
 
     Args:
@@ -169,6 +170,7 @@ def take_steps(weights: Iterable[CodedWeight], config: Any) -> Progress:
     changed, total = [], 0
     for _, group in groupby(sorted(weights, key=CodedWeight.group_key), CodedWeight.group_key):
         alike = list(group)
+        # before the codes: all of them are those of these statistics
         for weight in alike:
             weight.stats[1].clamp_(min=LEAST_SIGMA)
         buffer_LN, numbers_LN, stats_L2 = stacked(alike)
@@ -182,7 +184,7 @@ def take_steps(weights: Iterable[CodedWeight], config: Any) -> Progress:
         for weight, new in zip(alike, new_LN, strict=True):
             weight.codes.copy_(new.view(weight.codes.shape))
         if config.pv_decay:
-            for weight, value in zip(alike, CodedWeight.values(alike), strict=True):
+            for weight, value in zip(alike, alike[0].values(alike), strict=True):
                 weight.weight.lerp_(
                     value.view(weight.weight.shape).to(weight.weight), config.pv_decay
                 )
@@ -200,7 +202,7 @@ def distance(weights: Sequence[CodedWeight]) -> float:
     return float(apart_L.norm() / norm_L.norm())
 
 
-def optimizer_of(groups: Iterable[Group], configs: Mapping[int, Any]) -> Optimizer:
+def optimizer_of(groups: Iterable[Group], configs: Mapping[int, BinaryConfig]) -> Optimizer:
     """Return AdamW over these groups, with groups of their own for the buffers.
 
     Args:
@@ -213,9 +215,9 @@ def optimizer_of(groups: Iterable[Group], configs: Mapping[int, Any]) -> Optimiz
     return AdamW(parts, fused=not any(tensor.is_meta for tensor in tensors))
 
 
-def _parts(group: Group, configs: Mapping[int, Any]) -> Iterator[Group]:
+def _parts(group: Group, configs: Mapping[int, BinaryConfig]) -> Iterator[Group]:
     """Yield a group without its buffers, then groups of these, with their rate and betas."""
-    found: dict[tuple[float, ...], list[Any]] = {}
+    found: dict[tuple[float, ...], list[Tensor]] = {}
     for parameter in group["params"]:
         config = configs.get(id(parameter))
         key = () if config is None else (config.pv_lr_ratio, *config.pv_betas)
@@ -224,6 +226,7 @@ def _parts(group: Group, configs: Mapping[int, Any]) -> Iterator[Group]:
         part = {**group, "params": parameters}
         if key:
             ratio, *betas = key
+            # `initial_lr` is the peak of a schedule, where there is one
             rates = {name: group.get(name, LR) * ratio for name in ("lr", "initial_lr")}
             part |= rates if "initial_lr" in group else {"lr": rates["lr"]}
             part |= {"betas": tuple(betas), "weight_decay": 0.0}

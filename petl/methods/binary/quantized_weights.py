@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -190,11 +190,10 @@ class QuantizedWeight:
         """The quantized value, computed."""
         return quantize(self.weight, self.bits)
 
-    @staticmethod
-    def values(weights: "Sequence[Any]") -> Tensor:
-        """The quantized values of L weights with one `group_key`, [L, N]."""
-        stacked = torch.stack([quantized.weight for quantized in weights])
-        return quantize_each(stacked.flatten(1), weights[0].bits)
+    def values(self, alike: Sequence[Self]) -> Tensor:
+        """The quantized values of L weights with this one's `group_key`, [L, N]."""
+        stacked = torch.stack([quantized.weight for quantized in alike])
+        return quantize_each(stacked.flatten(1), self.bits)
 
     def unwrapped_key(self, key: str) -> str:
         """`key` without PEFT's wrapper of the head, if this is the head's weight."""
