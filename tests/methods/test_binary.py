@@ -27,6 +27,11 @@ CONTRACT = {
         "exclude_params": {"exclude_params": [".*down_weight"]},
         "head_bits": {"head_module": "lm_head"},
         "head_module": {"head_bits": 4, "head_module": "lm_head"},
+        "pv_fraction": {"steps": "pv"},
+        "pv_trust": {"steps": "pv"},
+        "pv_decay": {"steps": "pv"},
+        "pv_lr_ratio": {"steps": "pv"},
+        "pv_betas": {"steps": "pv"},
     },
 }
 
