@@ -26,13 +26,13 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3750,
-    "ops": 3350,
+    "system": 3760,
+    "ops": 3480,
     "core": 14050,
     "efficiency": 8400,
     "data": 16740,
     "training": 16640,
-    "methods": 19000,
+    "methods": 19450,
     "adapters": 9150,
     "generation": 7500,
     "experiments": 7150,

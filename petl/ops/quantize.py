@@ -249,6 +249,7 @@ def pv_codes_each(
     goal_LN = nearest((target_LN - mu) / sigma, bits)
     N = target_LN.shape[1]
     count = math.ceil(fraction * N)
+    # all that are due: no order to find
     if count == N and trust is None:
         return goal_LN
     W_LN = sigma * codes[numbers_LN] + mu
@@ -259,10 +260,12 @@ def pv_codes_each(
     key_LN = distance_LN.view(torch.int32).long() << 32 | places_N
     key_LK, picked_LK = key_LN.where(goal_LN != numbers_LN, -1).topk(count, dim=1)
     before_LK, after_LK = numbers_LN.gather(1, picked_LK), goal_LN.gather(1, picked_LK)
+    # fewer may be due than could change
     takes_LK = key_LK >= 0
     if trust is not None:
         moved_LK = (sigma * (codes[after_LK] - codes[before_LK])).square().cumsum(1)
         near_LK = moved_LK <= trust**2 * W_LN.square().sum(1, keepdim=True)
+        # or a tensor whose smallest change is too large would stop for ever
         near_LK[:, 0] = True
         takes_LK &= near_LK
     return numbers_LN.scatter(1, picked_LK, after_LK.where(takes_LK, before_LK))

@@ -187,6 +187,7 @@ class Binary(Outer):
     def metrics(self, t: Training) -> dict[str, float]:
         """The share of codes that the last step changed, and how far the buffers are from them."""
         weights = [weight for _, own in _coded(t) for weight in own]
+        # none before the first step
         progress = t.kept.get(PROGRESS)
         found = super().metrics(t)
         if progress is not None:
@@ -333,6 +334,7 @@ def _choose(new: NewAdapters[Any, Any], quantizer: Quantizer) -> list[QuantizedW
         short = new.name_in_file(key)
         bits = config.bits_pattern.get(short, config.bits)
         quantized = kind(owner, name, bits, new.name, quantizer)
+        # its entries are adapters, and what stands beside a weight needs a dict of its own
         if isinstance(quantized, CodedWeight) and isinstance(owner, nn.ParameterDict):
             path, quantized.in_layer, _ = key.rsplit(".", 2)
             quantized.layer = new.tuner.get_submodule(path)

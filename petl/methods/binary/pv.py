@@ -17,7 +17,7 @@ Shapes: L weights, N entries of each.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,22 @@ from torch.optim import AdamW, Optimizer
 
 from petl.core.compat import BaseTunerLayer, add_beside
 from petl.core.types import Group
-from petl.methods.binary.config import BinaryConfig
 from petl.methods.binary.quantized_weights import Packed, QuantizedWeight
 from petl.ops.quantize import coded_each, decode, numbers_of, pack, pv_codes_each, unpack
 from petl.system.values import LR
 
 CODES, STATS = "_codes", "_stats"  # suffixes of names of tensors
 LEAST_SIGMA = 1e-8  # a negative one would reverse the order of the codes
+
+
+class Steps(Protocol):
+    """Fields of the config that the steps read."""
+
+    pv_fraction: float
+    pv_trust: float | None
+    pv_decay: float
+    pv_lr_ratio: float
+    pv_betas: list[float]
 
 
 @dataclass
@@ -120,6 +129,7 @@ class CodedWeight(QuantizedWeight):
     ) -> Mapping[str, Tensor]:
         """Take codes, statistics and buffer from a file; without a buffer, it has the values."""
         shape = self.weight.shape
+        # with a buffer, it is no file for inference
         self.packed = None if trains or latent is not None else packed
         if packed is None:  # latent weights, trained straight-through
             assert latent is not None
@@ -160,7 +170,7 @@ class Progress(NamedTuple):
 
 
 @torch.no_grad()
-def take_steps(weights: Iterable[CodedWeight], config: BinaryConfig) -> Progress:
+def take_steps(weights: Iterable[CodedWeight], config: Steps) -> Progress:
     """Take the V step of each weight, after the step of the optimizer.
 
     Args:
@@ -194,6 +204,7 @@ def take_steps(weights: Iterable[CodedWeight], config: BinaryConfig) -> Progress
 @torch.no_grad()
 def distance(weights: Sequence[CodedWeight]) -> float:
     """The norm of the differences between buffers and quantized values, over that of the values."""
+    # read seldom, for the log: what it costs stands in no step
     values = [weight.value() for weight in weights]
     apart = [(w.weight - value).norm() for w, value in zip(weights, values, strict=True)]
     norms = [value.norm() for value in values]
@@ -202,7 +213,7 @@ def distance(weights: Sequence[CodedWeight]) -> float:
     return float(apart_L.norm() / norm_L.norm())
 
 
-def optimizer_of(groups: Iterable[Group], configs: Mapping[int, BinaryConfig]) -> Optimizer:
+def optimizer_of(groups: Iterable[Group], configs: Mapping[int, Steps]) -> Optimizer:
     """Return AdamW over these groups, with groups of their own for the buffers.
 
     Args:
@@ -210,12 +221,13 @@ def optimizer_of(groups: Iterable[Group], configs: Mapping[int, BinaryConfig]) -
         configs: by id of a buffer, the config of its adapter.
     """
     parts = [part for group in groups for part in _parts(group, configs)]
+    # few groups, as in `petl train`: one fused kernel for each and step
     tensors = [tensor for part in parts for tensor in part["params"]]
     # shapes alone have no fused kernel
     return AdamW(parts, fused=not any(tensor.is_meta for tensor in tensors))
 
 
-def _parts(group: Group, configs: Mapping[int, BinaryConfig]) -> Iterator[Group]:
+def _parts(group: Group, configs: Mapping[int, Steps]) -> Iterator[Group]:
     """Yield a group without its buffers, then groups of these, with their rate and betas."""
     found: dict[tuple[float, ...], list[Tensor]] = {}
     for parameter in group["params"]:

@@ -98,11 +98,13 @@ class Quantizer:
                 "trained; load it with is_trainable=True, or better from a file saved with "
                 "save_format='latent'"
             )
-        if any(quantized.takes_steps for quantized in trained) and never_updated(self.tuner):
+        # counted by petl for every tuner; a copy of a model is not
+        stepless = [w.adapter_name for w in trained if w.takes_steps]
+        if stepless and never_updated(self.tuner):
             raise InputError(
-                "steps=pv changes codes after each optimizer step, and two steps have come without "
-                "that: pass callbacks=[petl.Callback()] to a Trainer, or call "
-                "petl.lifecycle(model).after_step(step, optimizer) in a loop of your own"
+                f"adapter {stepless[0]!r} has steps=pv, which changes codes after each optimizer "
+                "step, and two steps have come without that: pass callbacks=[petl.Callback()] to a "
+                "Trainer, or call petl.lifecycle(model).after_step(step, optimizer) in your loop"
             )
         if not self._warned and any(quantized.weight.dtype in HALF for quantized in trained):
             self._warned = True
