@@ -30,6 +30,7 @@ TITLES = {
     "job": "whole jobs, one process each",
     "shrink": "forward pass of a shrunk model, relative to the dense one's",
     "watch": "training step under petl.watch after its first steps, relative to without",
+    "search": "ranking by vectors, relative to products and topk",
 }
 ITSELF = "floor"  # the row that times the lower bound against itself
 BOUND = "frozen-backbone lower bound"
@@ -59,6 +60,9 @@ LABELS = {
     "time / passes": "petl.shrink / forward passes over its rows",
     "goal dense": "goal: time / dense",
     "goal passes": "goal: petl.shrink / forward passes",
+    "time / products": "time / products and topk",
+    "goal products": "goal: time / products",
+    "goal MB": "goal: peak memory (MB)",
     "goal speed": "goal: speed",
     "goal speed / plain base": "goal: speed / plain base",
     "goal 8 adapters": "goal: 8 adapters",
@@ -92,6 +96,8 @@ GOALS = {  # and the values they bound
     "goal base": "time / base",
     "goal dense": "time / dense",
     "goal passes": "time / passes",
+    "goal products": "time / products",
+    "goal MB": "peak MB",
     "goal plain": "time / plain merging",
     "goal saved": "saved / inner",
     "goal speed": "speed",

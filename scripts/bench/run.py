@@ -20,6 +20,7 @@ from bench import (
     merging,
     mixture,
     peers,
+    ranking,
     scale,
     serve,
     shrunk,
@@ -158,6 +159,7 @@ def _measures(
         "together": lambda shape: together.measure(rows, shape, rounds),
         "shrink": lambda shape: shrunk.measure(shape, fewer),
         "watch": lambda shape: watched.measure(shape, rounds),
+        "search": lambda shape: ranking.measure(rounds),
     }
 
 
