@@ -115,10 +115,12 @@ def hardest(
         own = slice(*torch.searchsorted(places_of_known, ends).tolist())
         found[which[own], places_of_known[own] - start] = -torch.inf
         if limits is not None:
-            out = found > limits[:, None]
-            # before they are lost: `skip` counts them too
-            above.add_(out.sum(1))
-            found.masked_fill_(out, -torch.inf)
+            # of the few queries that have some: `skip` counts them before they are lost
+            beyond = (found.amax(1) > limits).nonzero().squeeze(1)
+            part = found[beyond]
+            out = part > limits[beyond, None]
+            above[beyond] += out.sum(1)
+            found[beyond] = part.masked_fill_(out, -torch.inf)
         return found
 
     # skipped ones may be above the limit, and are then none of these
