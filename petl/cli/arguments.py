@@ -22,7 +22,7 @@ from petl.training.runs.lookup import adapter_at, folder_at, model_at, run_at
 Number = TypeVar("Number", int, float)
 Checked = TypeVar("Checked")
 # as in petl.efficiency.drafting, which imports torch
-DRAFTERS = ("auto", "none", "free", "lookup", "recycling")
+DRAFTERS = ("auto", "none", "aggressive", "free", "lookup", "recycling")
 UNITS = {"": 1, "kb": 1000, "mb": 10**6, "gb": 10**9}
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from petl.core.model.modes import evaluation_mode
 from petl.core.parameters import max_positions
 from petl.core.types import Arguments, CausalModel, base_of
-from petl.efficiency.drafting.calls import why_plain
+from petl.efficiency.drafting.calls import why_untrained
 from petl.efficiency.drafting.registry import DraftAnswers
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import made_by, num_processes, number, shared_out
@@ -99,7 +99,7 @@ def seeded(model: CausalModel, seed: int | None) -> Generator[None]:
 
 def _check_model(model: nn.Module) -> None:
     base = base_of(model)
-    reason = why_plain(base)
+    reason = why_untrained(base)
     if reason:
         raise UnsupportedError(reason)
     if base.base_model is base:

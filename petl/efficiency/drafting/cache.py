@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, cache_utils
+from transformers import Cache, EncoderDecoderCache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
 # layers of a cache that keep more than the keys and values of all tokens; some are new in 5.24
@@ -32,8 +32,17 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in accepted else "past_key_values"
 
 
+def own_tokens(cache: object) -> object:
+    """Return the cache of the tokens that a model writes.
+
+    Of an encoder-decoder it is the one of self-attention; that of cross-attention stays as it is.
+    """
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def refusal(cache: object) -> str:
     """Return why drafts cannot be taken off a cache; "" if they can."""
+    cache = own_tokens(cache)
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None:
         return f"its cache is a {type(cache).__name__}"
@@ -62,7 +71,8 @@ def compact(cache: Cache, path: Sequence[int], count: int) -> None:
     """
     moved = next((i for i, node in enumerate(path) if node != i), None)
     if moved is not None:
-        layers: list[Any] = cache.layers
+        own: Any = own_tokens(cache)
+        layers: list[Any] = own.layers
         index: dict[torch.device, Tensor] = {}  # one transfer for each device, not for each layer
         for layer in layers:
             if getattr(layer, "is_initialized", False):

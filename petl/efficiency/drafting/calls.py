@@ -4,7 +4,6 @@ Shapes: L tokens of the prompts.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -14,10 +13,9 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMo
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.types import CausalModel, base_of
 from petl.efficiency.drafting.cache import cache_argument, refusal
+from petl.efficiency.drafting.pairs import ModelInputs, why_unverified
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import is_sharded
-
-ModelInputs = dict[str, Any]  # further inputs of the model by name, and its cache
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ def plain_reason(given: GenerateCall, kwargs: ModelInputs) -> str:
     # rows would accept paths of unlike lengths, and a cache has one length for all
     if count != 1:
         return f"{count} rows are decoded together; give the prompts one by one"
-    if is_encoder_decoder(model):
-        return f"{type(model).__name__} is an encoder-decoder"
+    if why_unverified(model):
+        return why_unverified(model)
     if is_sharded(model):
         return "the weights are sharded over processes, which must make the same passes"
     if not kwargs.get("use_cache", True):
@@ -104,8 +102,8 @@ def why_plain(model: nn.Module) -> str:
     name = type(base).__name__
     if not (hasattr(base, "can_generate") and base.can_generate()):
         return f"{name} does not generate text, so there is nothing to draft"
-    if is_encoder_decoder(base):
-        return f"{name} is an encoder-decoder, which is decoded without drafts"
+    if why_unverified(base):
+        return f"{why_unverified(base)}; it is decoded without drafts"
     if is_sharded(base):
         return (
             f"{name} is sharded over processes, which must make the same passes: use a merged "
@@ -113,3 +111,14 @@ def why_plain(model: nn.Module) -> str:
         )
     reason = refusal(DynamicCache(config=base.config))
     return reason and f"{name} cannot be decoded with drafts: {reason}; use --drafter none"
+
+
+def why_untrained(model: nn.Module) -> str:
+    """Return why no drafter is trained for a model; "" if one can be."""
+    base = base_of(model)
+    if is_encoder_decoder(base):
+        return (
+            f"{type(base).__name__} is an encoder-decoder, whose drafters need no training: "
+            "petl generate uses aggressive and recycling by itself"
+        )
+    return why_plain(base)

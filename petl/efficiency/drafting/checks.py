@@ -9,13 +9,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.modes import evaluation_mode
-from petl.core.parameters import max_positions
 from petl.core.types import CausalModel, Fields, base_of
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.cache import cache_argument, compact
 from petl.efficiency.drafting.calls import why_plain
 from petl.efficiency.drafting.engine import decode
+from petl.efficiency.drafting.pairs import (
+    decoder_positions,
+    ids_argument,
+    sample_inputs,
+    vocabulary_size,
+)
 from petl.efficiency.drafting.passes import takes_trees
 from petl.efficiency.drafting.registry import Drafter
 from petl.errors import InputError, UnsupportedError
@@ -35,20 +41,20 @@ def verify(model: nn.Module, *, tokens: int = 32, cache_length: int = 32) -> flo
     node, with its mask and positions.
 
     Args:
-        model: a decoder with its adapters, as they are active now; its random state and its modes
-            are not changed.
+        model: with its adapters, as they are active now; its random state and its modes are not
+            changed. An encoder's outputs are random, too.
         tokens: of the pass.
-        cache_length: tokens before them.
+        cache_length: tokens before them, and of an encoder.
 
     Returns:
         The largest difference of logits.
 
     Raises:
-        UnsupportedError: the model is no decoder, its cache cannot be cropped, or the difference is
-            larger than rounding (1e-3 in float32): answers would not be those of plain decoding.
+        UnsupportedError: the model has no decoder, its cache cannot be cropped, or the difference
+            is larger than rounding (1e-3 in float32): answers would not be those of plain decoding.
     """
     base = _decoder(model)
-    limit = max_positions(base)
+    limit = decoder_positions(base)
     if limit is not None and limit < cache_length + tokens:
         cache_length = tokens = limit // 2
     chain = list(range(tokens - 1))
@@ -81,8 +87,8 @@ def check_answer(
     one pass over the whole answer, may be below the largest one by twice `rounding(model)`.
 
     Args:
-        model: a decoder with its adapters, as they are active now.
-        ids: of the prompt.
+        model: with its adapters, as they are active now.
+        ids: of the prompt, which an encoder reads if there is one.
         drafter: that guesses, or its name.
         tokens: of the answer at most; fewer if the model has fewer positions.
 
@@ -93,8 +99,10 @@ def check_answer(
         UnsupportedError: an answer with drafts is not what is promised.
     """
     base = _decoder(model)
-    limit = max_positions(base)
-    room = tokens if limit is None else min(tokens, limit - len(ids))
+    limit = decoder_positions(base)
+    # an answer of an encoder-decoder is behind the token that begins it
+    start = 1 if is_encoder_decoder(base) else len(ids)
+    room = tokens if limit is None else min(tokens, limit - start)
     if room < 1:
         raise InputError(f"the prompt has {len(ids)} tokens, and the model {limit} positions")
     prompt = torch.tensor([list(ids)], device=base.device)
@@ -106,11 +114,12 @@ def check_answer(
     writer = cast(CausalModel, model)
     with evaluation_mode(model):
         found = writer.generate(prompt, **settings, custom_generate=decode, drafter=drafter)[0]
-        gap = float(shortfalls(model, found, len(ids)).max())
+        encoder = prompt if is_encoder_decoder(base) else None
+        gap = float(shortfalls(model, found, start, encoder).max())
         if torch.finfo(base.dtype).eps < 1e-5:
             plain = writer.generate(prompt, **settings)[0]
             if not torch.equal(found, plain):
-                place = _first_difference(found.tolist(), plain.tolist()) - len(ids)
+                place = _first_difference(found.tolist(), plain.tolist()) - start
                 raise UnsupportedError(
                     f"with drafts, token {place} of the answer is another than in plain decoding; "
                     f"its logit is up to {gap:.2g} below the largest. Use --drafter none"
@@ -134,17 +143,17 @@ def rounding(model: nn.Module, *, positions: int = 256) -> float:
     """Return the largest difference of logits between one pass and token after token.
 
     Args:
-        model: a decoder with its adapters.
+        model: with its adapters.
         positions: tokens that are compared; fewer if the model has fewer positions.
     """
     base = _decoder(model)
-    limit = max_positions(base)
+    limit = decoder_positions(base)
     positions = positions if limit is None else min(positions, limit - 1)
     return _differences(model, base, 1, list(range(positions - 1)))[0]
 
 
 @torch.no_grad()
-def shortfalls(model: nn.Module, ids: Tensor, start: int) -> Tensor:
+def shortfalls(model: nn.Module, ids: Tensor, start: int, encoder: Tensor | None = None) -> Tensor:
     """Return how far the logit of each token of a greedy answer is below the largest one, [T].
 
     A token of an answer in 16 bits may lie up to twice `rounding(model)` below; one that was not
@@ -153,8 +162,9 @@ def shortfalls(model: nn.Module, ids: Tensor, start: int) -> Tensor:
 
     Args:
         model: that wrote the answer.
-        ids: prompt and answer, [L] or [1, L].
-        start: the number of tokens of the prompt.
+        ids: prompt and answer, [L] or [1, L]; of an encoder-decoder what its decoder has read.
+        start: the number of tokens of the prompt in them.
+        encoder: tokens that an encoder reads, without padding, [1, S].
 
     Raises:
         InputError: there is no answer.
@@ -162,8 +172,11 @@ def shortfalls(model: nn.Module, ids: Tensor, start: int) -> Tensor:
     ids = ids.reshape(1, -1).to(base_of(model).device)
     if not 0 < start < ids.shape[1]:
         raise InputError(f"start={start} is not from 1 to {ids.shape[1] - 1}: no token to check")
+    inputs = {ids_argument(base_of(model)): ids}
+    if encoder is not None:
+        inputs["input_ids"] = encoder
     with evaluation_mode(model):
-        logits = model(input_ids=ids).logits[0, start - 1 : -1].float()
+        logits = model(**inputs).logits[0, start - 1 : -1].float()
     own = logits.gather(-1, ids[0, start:, None])[:, 0]
     return logits.amax(-1) - own
 
@@ -189,11 +202,12 @@ def _differences(
         parents: of the nodes behind the root, as in a draft.
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary, count = base.config.get_text_config().vocab_size, len(parents) + 1
+    vocabulary, count = vocabulary_size(base), len(parents) + 1
     shape = (1, cache_length + count)
     ids = torch.randint(vocabulary, shape, generator=generator).to(base.device)
-    name = cache_argument(base)
+    name, tokens = cache_argument(base), ids_argument(base)
     nodes = ids[:, cache_length:]
+    common = {"use_cache": True, **sample_inputs(base, cache_length)}
     inputs: dict[str, Tensor] = {}
     if not tree.is_chain(parents):
         inputs["attention_mask"] = tree.tree_mask(parents, cache_length, base.dtype, base.device)
@@ -201,10 +215,10 @@ def _differences(
         inputs["position_ids"] = cache_length + depths
 
     def logits(part: Tensor, cache: object, **more: Tensor) -> Tensor:
-        return model(input_ids=part, use_cache=True, **{name: cache}, **more).logits[0].float()
+        return model(**{tokens: part, name: cache}, **common, **more).logits[0].float()
 
     with evaluation_mode(model):
-        cache = model(input_ids=ids[:, :cache_length], use_cache=True)[name]
+        cache = model(**{tokens: ids[:, :cache_length]}, **common)[name]
         together = logits(nodes, cache, **inputs)
         compact(cache, [], count)
         single: dict[int, Tensor] = {}

@@ -11,9 +11,15 @@ from torch import nn
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.model.modes import evaluation_mode
-from petl.core.parameters import max_positions
 from petl.core.types import base_of
 from petl.efficiency.drafting.cache import cache_argument, compact
+from petl.efficiency.drafting.pairs import (
+    ModelInputs,
+    decoder_positions,
+    ids_argument,
+    sample_inputs,
+    vocabulary_size,
+)
 from petl.errors import InputError
 from petl.ops.packed import PackedWeights, packed_classes
 
@@ -87,22 +93,28 @@ class Costs:
         rounds: int = 5,
         packed: PackedWeights | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        inputs: ModelInputs | None = None,
     ) -> "Costs":
         """Measure the passes of a decoder; kept per model shape, dtype, device, threads, adapters.
 
         Args:
-            model: a decoder, with its adapters or without.
+            model: with its adapters or without.
             cache_length: tokens in the cache; fewer if the model has fewer positions.
             counts: numbers of tokens of a pass.
             rounds: of which the median is taken; the passes alternate.
             packed: copies of weights, for passes over more than one token.
             clock: seconds now.
+            inputs: of a pass besides tokens: an encoder's outputs and their mask; None: random
+                outputs for `cache_length` tokens, if there is an encoder.
         """
-        key = (*_key(model), cache_length, tuple(counts), packed is not None, clock)
+        inputs = sample_inputs(base_of(model), cache_length) if inputs is None else inputs
+        # a pass reads all outputs of the encoder, however many tokens it has
+        read = [tuple(each[0].shape) for each in inputs.values() if each is not None]
+        key = (*_key(model), cache_length, tuple(counts), packed is not None, clock, *read)
         if key not in cls._measured:
             with evaluation_mode(model), torch.no_grad():
                 cls._measured[key] = cls(
-                    _seconds(model, cache_length, counts, rounds, packed, clock)
+                    _seconds(model, cache_length, counts, rounds, packed, clock, inputs)
                 )
         return cls._measured[key]
 
@@ -130,28 +142,30 @@ def _seconds(
     rounds: int,
     packed: PackedWeights | None,
     clock: Callable[[], float],
+    inputs: ModelInputs,
 ) -> dict[int, float]:
-    limit = max_positions(model)
+    base = base_of(model)
+    limit = decoder_positions(base)
     if limit is not None:
         counts = [n for n in counts if n <= limit // 2]
         cache_length = min(cache_length, limit - max(counts))
     # of a generator of its own: measuring leaves the random state as it is
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = vocabulary_size(base)
     shape = (1, cache_length + max(counts))
     ids = torch.randint(vocabulary, shape, generator=generator).to(model.device)
-    name = cache_argument(base_of(model))
-    cache = model(input_ids=ids[:, :cache_length], use_cache=True)[name]
+    name, tokens = cache_argument(base), ids_argument(base)
+    cache = model(**{tokens: ids[:, :cache_length]}, **inputs, use_cache=True)[name]
     times: dict[int, list[float]] = {n: [] for n in counts}
     with nullcontext() if packed is None else packed_classes(model):
         # all counts in each round: a busy moment of the machine hits them alike
         for number in range(rounds + 1):
             for n in counts:
                 copies = nullcontext() if packed is None or n == 1 else packed.active()
-                tokens = ids[:, cache_length : cache_length + n]
+                own = {tokens: ids[:, cache_length : cache_length + n], name: cache}
                 start = _now(clock, model.device)
                 with copies:
-                    model(input_ids=tokens, use_cache=True, **{name: cache})
+                    model(**own, **inputs, use_cache=True)
                 taken = _now(clock, model.device) - start
                 # not timed: the value for one token stands for plain decoding, which crops nothing
                 compact(cache, [], n)

@@ -23,8 +23,13 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+from transformers.generation import (
+    BaseStreamer,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 
+from petl.core.layers.context import is_encoder_decoder
 from petl.core.types import CausalModel
 from petl.efficiency.drafting.calls import (
     GenerateCall,
@@ -34,6 +39,7 @@ from petl.efficiency.drafting.calls import (
     plainly,
 )
 from petl.efficiency.drafting.costs import Costs
+from petl.efficiency.drafting.pairs import encoder_ids
 from petl.efficiency.drafting.passes import DraftPasses
 from petl.efficiency.drafting.registry import Drafter, check_vocabulary
 from petl.efficiency.drafting.registry import drafter as build
@@ -84,6 +90,8 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
     costs: Costs | None = None,
     clock: Callable[[], float] = time.perf_counter,
     switch: bool = True,
+    encoder_input_ids: Tensor | None = None,
+    inputs_tensor: Tensor | None = None,
     **model_kwargs: object,
 ) -> Any:
     """Generate with drafts: `model.generate(..., custom_generate=decode, drafter=...)`.
@@ -108,6 +116,9 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
         costs: of a pass; None: measured when they are needed.
         clock: seconds now.
         switch: stop drafting for a while where it is slower than plain decoding.
+        encoder_input_ids: tokens that the encoder of an encoder-decoder has read, for drafters that
+            copy them, [rows, S]; needed where `generate` gets `encoder_outputs` in their place.
+        inputs_tensor: of the encoder, as `generate` hands them on.
         model_kwargs: further inputs of the model.
 
     Returns:
@@ -133,13 +144,18 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
         check_vocabulary(drafter.name or type(drafter).__name__, drafter.vocabulary, model)
     given = GenerateCall(model, input_ids, logits_processor, stopping_criteria, generation_config)
     settings = DecodeSettings(drafter, nodes, pack, costs, clock, switch)
+    inputs = (encoder_input_ids, inputs_tensor)
+    if encoder_input_ids is not None and not is_encoder_decoder(model):
+        raise InputError(
+            f"encoder_input_ids: {type(model).__name__} has no encoder; leave them out"
+        )
     stats = stats or Stats()
     reason = plain_reason(given, model_kwargs)
     if drafter is not None and reason:
         warnings.warn(f"decoding without drafts: {reason}", stacklevel=2)
     if reason:
         return plainly(given, stream, model_kwargs)
-    return Decoding(given, model_kwargs, settings, stats, stream).run()
+    return Decoding(given, model_kwargs, settings, stats, stream, inputs).run()
 
 
 @dataclass
@@ -164,10 +180,14 @@ class Decoding:
         settings: DecodeSettings,
         stats: Stats,
         stream: BaseStreamer | None,
+        inputs: tuple[Tensor | None, Tensor | None],
     ) -> None:
         self.given, self.settings, self.stats, self.stream = given, settings, stats, stream
         self.tokens: Tokens = given.ids[0].tolist()
         self.passes = DraftPasses(given.model, given.ids, kwargs)
+        self.encoder: list[int] | None = None
+        if self.passes.is_pair:
+            self.encoder = encoder_ids(given.model, *inputs, kwargs.get("attention_mask"))
         self.rounds = Rounds(
             given.model,
             settings.drafter,
@@ -236,7 +256,8 @@ class Decoding:
             self.rounds.drafter = drafter = None
         reads_prompt = drafter is not None and drafter.needs.prompt
         # a copy, as our list grows in place; `Root` shares it, for rounds of constant cost
-        self.rounds.start(self.tokens[:], self.passes.states if reads_prompt else None)
+        states = self.passes.states if reads_prompt else None
+        self.rounds.start(self.tokens[:], states, self.encoder)
         return self._choose(logits[-1:])(0) is None
 
     def _round(self) -> bool:
@@ -253,7 +274,7 @@ class Decoding:
         self.stats.drafted += found.drafted
         self.stats.accepted += found.tokens - 1
         if self.rounds.switch.is_due and not found.has_ended:
-            self.rounds.judge()
+            self.rounds.judge(self.passes.inputs)
         return found.has_ended
 
     # Tokens
@@ -305,4 +326,5 @@ class Decoding:
             "logits": None if self.logits is None else tuple(self.logits),
             self.passes.cache_name: self.passes.cache,
         }
-        return GenerateDecoderOnlyOutput(**found)
+        kind = GenerateEncoderDecoderOutput if self.passes.is_pair else GenerateDecoderOnlyOutput
+        return kind(**found)

@@ -1,4 +1,4 @@
-"""Both drafters without training together: text that repeats is copied, other text is recycled."""
+"""Drafters without training together: text that repeats is copied, other text is recycled."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from petl.core.types import CausalModel
+from petl.core.layers.context import is_encoder_decoder
+from petl.core.types import CausalModel, base_of
 from petl.efficiency.drafting import folder as files
+from petl.efficiency.drafting.aggressive import Aggressive
 from petl.efficiency.drafting.answers import DraftAnswers
 from petl.efficiency.drafting.costs import TYPICAL
 from petl.efficiency.drafting.lookup import Lookup
@@ -25,21 +27,24 @@ from petl.efficiency.drafting.registry import (
     register,
 )
 from petl.efficiency.drafting.tree import best_count
+from petl.errors import InputError
 
-PARTS = ("lookup", "recycling")
+PARTS = ("lookup", "aggressive", "recycling")
+NOTHING = Draft(*torch.empty(2, 0, dtype=torch.long), torch.empty(0))
 
 
 @register("free")
 class Free(Drafter):
-    """The chain of `lookup`, if there is one, and the tree of `recycling`, from one root.
+    """The chain that is copied, if there is one, and the tree of `recycling`, from one root.
 
-    Equal beginnings are merged, and the budget goes to the chain first.
+    `lookup` copies the text of a decoder, `aggressive` the input of an encoder-decoder. Equal
+    beginnings are merged, and the budget goes to the chain first.
 
     Attributes:
         copied: number of nodes of the last draft that are the chain's; they come first.
     """
 
-    needs = Needs(logits=True)
+    needs = Needs(logits=True, encoder=True)
     parts = PARTS  # whose fields it takes
 
     def __init__(self, model: nn.Module | None = None, **fields: Any) -> None:
@@ -47,30 +52,45 @@ class Free(Drafter):
 
         Args:
             model: that they draft for.
-            fields: of `lookup` and of `recycling`.
+            fields: of `recycling`, and of `lookup` or `aggressive`.
+
+        Raises:
+            InputError: a value is out of range, or a field is of the one that does not copy.
         """
         super().__init__()
-        lookup, recycling = (
-            # no name is a field of both, or one value would go to two drafters
+        lookup, aggressive, recycling = (
+            # no name is a field of two, or one value would go to two drafters
             {name: value for name, value in fields.items() if name in fields_of(part)}
             for part in PARTS
         )
-        self.lookup = Lookup(model, **lookup)
+        is_pair = model is not None and is_encoder_decoder(base_of(model))
+        unused, copies = (lookup, "aggressive") if is_pair else (aggressive, "lookup")
+        if unused:
+            raise InputError(
+                f"{next(iter(unused))} is no field of free for {type(model).__name__}, whose text "
+                f"{copies} copies: leave it out"
+            )
+        copier = Aggressive(model, **aggressive) if is_pair else Lookup(model, **lookup)
+        self.copier: Aggressive | Lookup = copier
         self.recycling = Recycling(model, **recycling)
         self.vocabulary = self.recycling.vocabulary
-        self.copied = 0
+        self.copied, self.copies = 0, True
         self.is_planned = fields.get("nodes", "auto") == "auto" and fields.get("template") is None
 
-    def start(self, ids: Sequence[int], states: Tensor | None) -> None:
+    def start(
+        self, ids: Sequence[int], states: Tensor | None, encoder: Sequence[int] | None = None
+    ) -> None:
         """Begin a row in both."""
-        for part in (self.lookup, self.recycling):
+        # sound and embeddings have no tokens to copy
+        self.copies = bool(encoder) or isinstance(self.copier, Lookup)
+        for part in (self.copier, self.recycling)[not self.copies :]:
             part.costs = self.costs
-            part.start(ids, states)
+            part.begin(ids, states, encoder)
 
     def draft(self, root: Root, budget: int | None) -> Draft:
         """Return the chain, then nodes of the tree as long as they pay, or up to the budget."""
-        self.lookup.costs = self.recycling.costs = self.costs
-        chain = self.lookup.draft(root, budget)
+        self.copier.costs = self.recycling.costs = self.costs
+        chain = self.copier.draft(root, budget) if self.copies else NOTHING
         merged, chances = merge(chain, self.recycling.draft(root, budget))
         count = len(merged.tokens)
         if self.is_planned:
@@ -83,19 +103,19 @@ class Free(Drafter):
 
     def observe(self, seen: PassOutput) -> None:
         """Learn in both."""
-        self.lookup.observe(seen)
+        self.copier.observe(seen)
         self.recycling.observe(seen)
 
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the table and frequencies of `recycling`, and the fields of both.
 
-        `lookup` counts anew in each process.
+        What copies counts anew in each process.
         """
         root = Path(folder)
         self.recycling.save(root, tokenizer)
         config = files.read(root)
-        # overwrites the config, which is why it was read; `lookup` has no tensors
-        self.lookup.save(root)
+        # overwrites the config, which is why it was read; what copies has no tensors
+        self.copier.save(root)
         fields = {**files.read(root)["fields"], **config["fields"]}
         own: DrafterConfig = {**config, "name": self.name, "fields": fields}
         files.write_config(root, own)

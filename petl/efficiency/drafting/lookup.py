@@ -6,6 +6,7 @@ dialogue and code is a better guess than the first one, which transformers takes
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from petl.efficiency.drafting.registry import (
     Draft,
     Drafter,
     DrafterConfig,
+    Needs,
     PassOutput,
     Root,
     auto_or_count,
@@ -38,8 +40,10 @@ PRIOR = [[0.5], [0.7], [0.75], *([[0.8]] * (LONGEST - 3))]
 class Lookup(Drafter):
     """Copies the tokens behind the last earlier occurrence of the last n tokens: a chain.
 
-    It has no weights. Prompt and answer are both copied from.
+    It has no weights. Prompt and answer are both copied from, and what an encoder has read.
     """
+
+    needs = Needs(encoder=True)
 
     def __init__(
         self,
@@ -70,17 +74,23 @@ class Lookup(Drafter):
         self._clear()
 
     def _clear(self) -> None:
+        self.before: list[int] = []  # an encoder's tokens, then the text; empty without an encoder
+        self.encoded = 0  # those of the encoder
         self.places: dict[tuple[int, ...], int] = {}  # the token behind the last occurrence
         self.indexed = 0  # tokens of which all n-grams that end there are known
         self.guess: tuple[int, list[int]] = (0, [])  # length of the text then, and tokens
 
-    def start(self, ids: Sequence[int], states: Tensor | None) -> None:
+    def start(
+        self, ids: Sequence[int], states: Tensor | None, encoder: Sequence[int] | None = None
+    ) -> None:
         """Forget the text before."""
         self._clear()
+        self.before = [*(encoder or ())]
+        self.encoded = len(self.before)
 
     def draft(self, root: Root, budget: int | None) -> Draft:
         """Return the copied tokens as a chain, with how likely each is right."""
-        ids = root.ids
+        ids = self._text(root.ids)
         self._count(ids)
         found = self.find(ids)
         self.guess = (len(ids), found)
@@ -89,6 +99,13 @@ class Lookup(Drafter):
         found = found[: self._wanted(chances, budget)]
         tokens = torch.tensor(found, dtype=torch.long)
         return Draft(tokens, torch.arange(len(found)), torch.tensor(chances[: len(found)]))
+
+    def _text(self, ids: Sequence[int]) -> Sequence[int]:
+        """Return the tokens of the encoder, if there is one, and the text."""
+        if not self.encoded:
+            return ids
+        self.before += ids[len(self.before) - self.encoded :]
+        return self.before
 
     def find(self, ids: Sequence[int]) -> list[int]:
         """Return what followed the last earlier occurrence of the last tokens."""
@@ -142,14 +159,17 @@ class LookupFirst(Drafter):
             drafter: that drafts where nothing can be copied.
         """
         super().__init__()
-        self.lookup, self.drafter, self.needs = Lookup(), drafter, drafter.needs
+        self.lookup, self.drafter = Lookup(), drafter
+        self.needs = replace(drafter.needs, encoder=True)
         self.vocabulary = drafter.vocabulary
 
-    def start(self, ids: Sequence[int], states: Tensor | None) -> None:
+    def start(
+        self, ids: Sequence[int], states: Tensor | None, encoder: Sequence[int] | None = None
+    ) -> None:
         """Begin a row in both."""
         for part in (self.lookup, self.drafter):
             part.costs = self.costs
-            part.start(ids, states)
+            part.begin(ids, states, encoder)
 
     def draft(self, root: Root, budget: int | None) -> Draft:
         """Return the chain, or the tree if there is none."""

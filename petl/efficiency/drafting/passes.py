@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
+from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import Adapter
-from petl.core.parameters import max_positions
 from petl.core.types import CausalModel
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.cache import cache_argument, compact, refusal
 from petl.efficiency.drafting.calls import ModelInputs
+from petl.efficiency.drafting.pairs import decoder_positions
 from petl.errors import UnsupportedError
 
 MASKED = ("sdpa", "eager")  # implementations of attention that take any mask
@@ -75,7 +76,8 @@ class DraftPasses:
         self.cache_name = cache_argument(model)
         self.states: Tensor | None = None
         self.is_own = False  # inside a pass of ours: processors and measurements make others
-        self.limit = max_positions(model) if has_position_table(model) else None
+        self.limit = decoder_positions(model) if has_position_table(model) else None
+        self.is_pair = is_encoder_decoder(model)
         self.has_keep = model._supports_logits_to_keep()  # ty: ignore[invalid-argument-type]
         # without position_ids, positions are taken from the number of tokens
         self.chains_only = kwargs.get("position_ids") is None or not takes_trees(model)
@@ -84,6 +86,12 @@ class DraftPasses:
     def cache(self) -> Cache:
         """The cache."""
         return self.kwargs[self.cache_name]
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """Inputs of a pass besides tokens and cache: the outputs of an encoder, and their mask."""
+        names = ("encoder_outputs", "attention_mask") if self.is_pair else ()
+        return {name: self.kwargs.get(name) for name in names}
 
     @contextmanager
     def capturing(self, *, states: bool) -> Generator[None]:
@@ -177,12 +185,15 @@ class DraftPasses:
 
     def _extend(self, kwargs: ModelInputs, parents: Sequence[int], count: int) -> None:
         """Extend the inputs that have an entry per token by the drafts and what fills them up."""
-        positions = kwargs.get("position_ids")
+        # of an encoder-decoder, those without a prefix are the encoder's, which stay as they are
+        prefix = "decoder_" if self.is_pair else ""
+        name = f"{prefix}position_ids"
+        positions = kwargs.get(name)
         if positions is not None:
             depth = tree.padded_depths(parents, count)[1:]
             # [1, L], or [axes, 1, L] in models with images; text moves along all axes alike
             added = positions.new_tensor(depth).expand(*positions.shape[:-1], -1)
-            kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + added], -1)
+            kwargs[name] = torch.cat([positions, positions[..., -1:] + added], -1)
         for name in TYPES:
             if kwargs.get(name) is not None:
                 last = kwargs[name][..., -1:]
@@ -190,9 +201,10 @@ class DraftPasses:
                     [kwargs[name], last.expand(*last.shape[:-1], count - 1)], -1
                 )
         past = self.cache.get_seq_length()
-        mask = tree.extended_mask(kwargs.get("attention_mask"), parents, count, past, self.model)
+        name = f"{prefix}attention_mask"
+        mask = tree.extended_mask(kwargs.get(name), parents, count, past, self.model)
         if mask is not None:
-            kwargs["attention_mask"] = mask
+            kwargs[name] = mask
 
     def keep(self, path: Sequence[int], count: int) -> None:
         """Keep the accepted nodes of the last pass in the cache; see `Passes` of rounds.py."""
@@ -204,6 +216,6 @@ class DraftPasses:
         """Take over the cache, and extend masks and positions by new tokens."""
         # token types get copies of the last `tokens` entries; later passes read the very last only
         self.kwargs = self.model._update_model_kwargs_for_generation(
-            outputs, self.kwargs, num_new_tokens=tokens
+            outputs, self.kwargs, is_encoder_decoder=self.is_pair, num_new_tokens=tokens
         )
         self.outputs = None

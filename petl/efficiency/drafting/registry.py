@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petl.core.types import CausalModel, Fields, Settings, base_of
 from petl.efficiency.drafting.costs import Costs
+from petl.efficiency.drafting.pairs import vocabulary_size
 from petl.errors import InputError, UnknownNameError, UnsupportedError, choose, did_you_mean
 from petl.system.values import Rule, integer
 
@@ -32,11 +33,13 @@ class Needs:
         last: the output of the final norm at each node.
         prompt: the states of the prompt's tokens, too.
         logits: the logits of each node.
+        encoder: the tokens that the encoder of an encoder-decoder has read.
     """
 
     last: bool = False
     prompt: bool = False
     logits: bool = False
+    encoder: bool = False
 
 
 class Root(NamedTuple):
@@ -193,10 +196,21 @@ class Drafter(nn.Module):
     def start(self, ids: Sequence[int], states: Tensor | None) -> None:
         """Begin a row, after the pass over its prompt.
 
+        With `Needs.encoder` it has one argument more, `encoder`: the tokens that the encoder has
+        read, without padding; None if it has read no tokens, empty if they are no tokens of the
+        decoder.
+
         Args:
-            ids: of the prompt.
+            ids: of the prompt; of an encoder-decoder what its decoder begins with.
             states: [tokens of the pass, H]; None unless `Needs.prompt`.
         """
+
+    def begin(
+        self, ids: Sequence[int], states: Tensor | None, encoder: Sequence[int] | None = None
+    ) -> None:
+        """Call `start` with what this drafter needs."""
+        more = {"encoder": encoder} if self.needs.encoder else {}
+        self.start(ids, states, **more)
 
     def draft(self, root: Root, budget: int | None) -> Draft:
         """Return guesses of what follows the root.
@@ -352,8 +366,7 @@ def vocabulary_of(model: nn.Module | None) -> int:
     """
     if model is None:
         raise InputError(f"model={model}: this drafter needs the model that it drafts for")
-    # not the tokenizer's number: heads are often filled up to a round number of rows
-    return base_of(model).config.get_text_config().vocab_size
+    return vocabulary_size(base_of(model))
 
 
 def check_vocabulary(what: str, size: int, model: nn.Module) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from petl.core.types import CausalModel
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.costs import QUICK, TYPICAL, Costs
+from petl.efficiency.drafting.pairs import ModelInputs
 from petl.efficiency.drafting.policy import Switch, switch_of
-from petl.efficiency.drafting.registry import Drafter, PassOutput, Root
+from petl.efficiency.drafting.registry import Drafter, PassOutput, Root, vocabulary_of
 from petl.errors import UnsupportedError
 from petl.ops.packed import PackedWeights, is_supported, packable, packed_classes, packed_weights
 
@@ -90,7 +91,7 @@ class Rounds:
     ) -> None:
         """Prepare rounds; arguments as of `petl.drafting.decode`."""
         self.model, self.drafter, self.clock = model, drafter, clock
-        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.vocabulary = vocabulary_of(model)
         self.packing = Packing(model, pack)
         has_switch = switch and drafter is not None
         self.switch = switch_of(drafter) if has_switch else Switch(enabled=False)
@@ -98,12 +99,14 @@ class Rounds:
         self.costs = known if costs is None else costs
         self.measuring = 0.0
 
-    def start(self, ids: Sequence[int], states: Tensor | None) -> None:
+    def start(
+        self, ids: Sequence[int], states: Tensor | None, encoder: Sequence[int] | None = None
+    ) -> None:
         """Begin a row, as `Drafter.start`."""
         self.state_row = -1  # of the states of the last pass: that which chose the root
         if self.drafter is not None:
             self.drafter.costs = self.costs
-            self.drafter.start(ids, states)
+            self.drafter.begin(ids, states, encoder)
 
     def run(
         self,
@@ -156,12 +159,18 @@ class Rounds:
         self.switch.add(len(path), self.clock() - began, cost)
         return Round(len(tokens), len(path), has_ended)
 
-    def judge(self) -> None:
-        """Compare a window that is due with plain decoding; the costs are measured once."""
+    def judge(self, inputs: ModelInputs | None = None) -> None:
+        """Compare a window that is due with plain decoding; the costs are measured once.
+
+        Args:
+            inputs: of a pass besides tokens, as of `Costs.measure`.
+        """
         if self.costs is None:
             began = self.clock()
             weights = self.packing.weights
-            self.costs = Costs.measure(self.model, counts=QUICK, rounds=3, packed=weights)
+            self.costs = Costs.measure(
+                self.model, counts=QUICK, rounds=3, packed=weights, inputs=inputs
+            )
             self.measuring += self.clock() - began
             if self.drafter is not None:
                 self.drafter.costs = self.costs

@@ -28,7 +28,7 @@ from petl.efficiency.drafting import (
 )
 from petl.efficiency.drafting import drafter as build
 from petl.efficiency.drafting.answers import seeded
-from petl.efficiency.drafting.calls import why_plain
+from petl.efficiency.drafting.calls import why_untrained
 from petl.efficiency.drafting.fit import TARGETS
 from petl.efficiency.drafting.folder import CONFIG, WEIGHTS, read
 from petl.efficiency.drafting.lookup import LookupFirst
@@ -128,7 +128,7 @@ def train_drafter(
     language = load_language_model(
         run, drafting="none", trust_remote_code=trust_remote_code, other_base=other_base
     )
-    reason = why_plain(language.base)
+    reason = why_untrained(language.base)
     if reason:
         raise UnsupportedError(reason)
     # before the answers, which take minutes

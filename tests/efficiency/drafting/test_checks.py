@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract_cases import OWN, adaptable, adopted, own
-from draft_fixtures import PAD, Oracle, Random, prompt, tiny_qwen
+from draft_fixtures import PAD, Oracle, Random, prompt, tiny_pair, tiny_qwen
 from kept_processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -248,11 +248,11 @@ def test_a_sliding_window_is_refused_by_name_and_decoded_plainly():
     assert torch.equal(found, plain)
 
 
-def test_models_that_write_no_text_or_have_an_encoder_are_refused_by_name():
+def test_models_that_write_no_text_or_are_not_known_are_refused_by_name():
     with pytest.raises(UnsupportedError, match="BertForSequenceClassification does not generate"):
         verify(testing.tiny_bert())
-    with pytest.raises(UnsupportedError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        verify(testing.tiny_t5())
+    with pytest.raises(UnsupportedError, match="PLBartForConditionalGeneration is an encoder-dec"):
+        verify(tiny_pair("plbart"))
 
 
 # Logits of an answer

@@ -5,7 +5,18 @@ from itertools import cycle
 
 import pytest
 import torch
-from draft_fixtures import DECODERS, PAD, VOCABULARY, Fixed, Oracle, Random, Wrong, chain, prompt
+from draft_fixtures import (
+    DECODERS,
+    PAD,
+    SETTINGS,
+    VOCABULARY,
+    Fixed,
+    Oracle,
+    Random,
+    Wrong,
+    chain,
+    prompt,
+)
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
     FalconConfig,
@@ -35,19 +46,6 @@ from petl.efficiency.drafting.checks import rounding
 from petl.errors import InputError, UnsupportedError
 
 PLAIN = {"max_new_tokens": 24, "pad_token_id": PAD, "use_cache": True}
-SETTINGS = {
-    "greedy": {"do_sample": False},
-    "temperature": {"do_sample": True, "temperature": 0.7},
-    "top-k-p": {"do_sample": True, "top_k": 20, "top_p": 0.9},
-    "min-p": {"do_sample": True, "min_p": 0.02, "typical_p": 0.95},
-    "penalty": {"do_sample": False, "repetition_penalty": 1.4},
-    "n-grams": {"do_sample": True, "no_repeat_ngram_size": 2},
-    "bad-words": {"do_sample": True, "bad_words_ids": [[5], [7, 8]], "suppress_tokens": [9, 11]},
-    "min-length": {"do_sample": True, "min_new_tokens": 12, "eos_token_id": [*range(3, 40)]},
-    "ends": {"do_sample": True, "eos_token_id": [*range(3, 20)]},
-    "forced-end": {"do_sample": False, "eos_token_id": 2, "forced_eos_token_id": 2},
-    "bias": {"do_sample": False, "sequence_bias": [[[12], 2.0], [[3, 4], 5.0]]},
-}
 DRAFTERS = {
     "none": lambda model, text: None,
     "oracle": lambda model, text: Oracle(text, 3),
@@ -379,14 +377,6 @@ def test_what_cannot_be_verified_is_decoded_plainly_with_one_warning(settings, r
     assert len([w for w in caught if "without drafts" in str(w.message)]) == 1
     ours, theirs = (x if isinstance(x, torch.Tensor) else x.sequences for x in (found, plain))
     assert torch.equal(ours, theirs)
-
-
-def test_an_encoder_decoder_is_decoded_plainly():
-    model = testing.tiny_t5()
-    plain, _ = generated(model, prompt(17))
-    with pytest.warns(UserWarning, match="T5ForConditionalGeneration is an encoder-decoder"):
-        found, _ = generated(model, prompt(17), custom_generate=decode, drafter=Random())
-    assert torch.equal(found, plain)
 
 
 def test_stop_strings_are_a_criterion():

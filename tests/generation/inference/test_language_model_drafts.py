@@ -48,9 +48,7 @@ def test_a_stream_with_drafts_is_the_answer(writers):
     assert streams[0] == streams[1] != []
 
 
-def test_batches_encoder_decoders_and_prompt_lookup_are_decoded_without_drafts(writers):
-    pair = writers.load("t5-lora")
-    assert pair.drafter is None
+def test_batches_and_prompt_lookup_are_decoded_without_drafts(writers):
     model, stats = writers.load("lora"), Stats()
     with model.using("default"):
         model.answer([model.encode(text) for text in PROMPTS], SETTINGS[0], stats=stats)
@@ -60,8 +58,8 @@ def test_batches_encoder_decoders_and_prompt_lookup_are_decoded_without_drafts(w
 
 
 def test_a_drafter_that_cannot_be_used_is_refused(writers, tmp_path):
-    with pytest.raises(UnsupportedError, match="is an encoder-decoder"):
-        _ = load_language_model(writers.folder / "t5-lora", drafting="free").drafter
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM is a decoder: use lookup"):
+        _ = load_language_model(writers.folder / "lora", drafting="aggressive").drafter
     with pytest.raises(InputError, match="give the folder of a drafter"):
         _ = load_language_model(writers.folder / "lora", drafting=str(tmp_path)).drafter
     with pytest.raises(InputError, match=r"'fre' is neither .*; did you mean 'free'"):
