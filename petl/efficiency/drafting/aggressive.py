@@ -115,8 +115,9 @@ class Aggressive(Drafter):
         """
         if encoder is None:
             raise InputError(
-                "drafter aggressive copies the tokens that the encoder has read, and this call has "
-                "none: pass them as encoder_input_ids=IDS, or choose recycling"
+                f"encoder_input_ids={encoder}: drafter aggressive copies the tokens that the encoder "
+                "has read, and this call has none: pass them as encoder_input_ids=IDS, or choose "
+                "recycling"
             )
         self._begin(self._content(encoder), len(ids))
 
