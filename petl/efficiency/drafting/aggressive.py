@@ -115,7 +115,7 @@ class Aggressive(Drafter):
         """
         if encoder is None:
             raise InputError(
-                f"encoder_input_ids={encoder}: drafter aggressive copies the tokens that the encoder "
+                f"encoder_input_ids={encoder}: aggressive copies the tokens that the encoder "
                 "has read, and this call has none: pass them as encoder_input_ids=IDS, or choose "
                 "recycling"
             )
