@@ -136,9 +136,6 @@ class Embedder(SwappedClass):
         given = [each for each in inputs.values() if each is not None]
         if any(not isinstance(t, Tensor) or t.shape != mask.shape for t in given):
             return []
-        # batch norm would have the statistics of a part
-        if any(name.endswith("num_batches_tracked") for name, _ in base.named_buffers()):
-            return []
         # processes gather the weights of a pass together: all of them need equally many
         if any(isinstance(parameter, DTensor) for parameter in base.parameters()):
             return []
