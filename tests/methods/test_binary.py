@@ -28,10 +28,10 @@ CONTRACT = {
         "head_bits": {"head_module": "lm_head"},
         "head_module": {"head_bits": 4, "head_module": "lm_head"},
         "pv_fraction": {"steps": "pv"},
-        "pv_trust": {"steps": "pv"},
+        "pv_trust": {"steps": "pv", "pv_trust": 0.0001},
         "pv_decay": {"steps": "pv"},
         "pv_lr_ratio": {"steps": "pv"},
-        "pv_betas": {"steps": "pv"},
+        "pv_betas": {"steps": "pv", "pv_betas": [0.5, 0.9]},
     },
 }
 

@@ -10,6 +10,7 @@ deviation and rounded to a fixed code book; the gradient takes the rounding for 
     binary/config.py             the config: the inner method's fields and those of this method
     binary/method.py             which weights are quantized, and how files hold them
     binary/quantized_weights.py  reading quantized weights while an adapter computes
+    binary/pv.py                 steps on codes, in place of latent weights
     binary/head.py               the quantized classification head
     binary/stack.py              the "stacked" file format, for small adapters
     ops/quantize.py              the mathematics, and the layout of the codes in bytes
