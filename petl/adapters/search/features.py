@@ -134,7 +134,8 @@ class Bits(Feature):
         pattern, stored, chosen = config.bits_pattern, {}, {}
         tuner: Any = self.model.base_model
         for unit, level in zip(self.units, state, strict=True):
-            (live, value), bits = *unit.tensors[level].items(), unit.values[level]
+            # of the most bits, as it is stored: rounding a rounded one again would shrink it
+            (live, value), bits = *unit.tensors[-1].items(), unit.values[level]
             weight = self.weights[live]
             stored[live] = weight.bits, weight.packed
             if bits != weight.bits:

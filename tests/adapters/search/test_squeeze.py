@@ -16,6 +16,7 @@ from petl.adapters.export.saved_adapter import find
 from petl.adapters.search import squeeze as module
 from petl.cli import main
 from petl.methods.binary import quantizer_of
+from petl.ops.quantize import quantize
 from petl.ops.ternary import FILE
 
 pytest_plugins = ["training_fixtures"]
@@ -140,9 +141,13 @@ def test_bits_are_those_of_the_pattern_in_the_config(command, runs, tmp_path):
     bits = [values[level] for values, level in levels]
     assert sorted(config["bits_pattern"].values()) == sorted(b for b in bits if b != 4)
     assert outputs(tmp_path / "s").isfinite().all()
-    # the loaded weights have the bits of the state
-    weights = quantizer_of(petl.load(find(tmp_path / "s").base(), tmp_path / "s"))
-    assert sorted(w.bits for w in weights.quantized_weights["default"]) == sorted(bits)
+    # the loaded weights have the bits of the state, and the values that the search has compared
+    models = [petl.load(find(f).base(), f) for f in (tmp_path / "s", runs / "binary/adapter")]
+    found, own = (quantizer_of(model).quantized_weights["default"] for model in models)
+    assert sorted(w.bits for w in found) == sorted(bits)
+    for weight, stored in zip(found, own, strict=True):
+        expected = stored.weight if weight.bits == 4 else quantize(stored.weight, weight.bits)
+        torch.testing.assert_close(weight.weight, expected, rtol=0, atol=0)
 
 
 def course(folder):
