@@ -198,9 +198,14 @@ def test_faster_answers(monkeypatch, tmp_path):
     settings = {"max_new_tokens": 20, "pad_token_id": 0, "use_cache": True, "do_sample": False}
     plain = model.generate(ids, **settings)
     left = run(
-        code("faster-answers", "Stats()"), model=model, inputs={"input_ids": ids, **settings}
+        code("faster-answers", "tokens_per_pass"),
+        model=model,
+        inputs={"input_ids": ids, **settings},
     )
     assert left["stats"].tokens == 20
+    pair = {"model": testing.tiny_t5(), "inputs": {"input_ids": ids, **settings}}
+    left = run(code("faster-answers", 'drafter="aggressive"'), **pair)
+    assert 0 < left["stats"].tokens <= 20
     given = {"model": model, "inputs": {"input_ids": ids}, "tokenizer": byte_tokenizer()}
     trained = run(code("faster-answers", "drafting.fit"), **given)
     more = {"custom_generate": petl.drafting.decode, "drafter": trained["heads"]}
