@@ -229,6 +229,15 @@ def claims(method: str) -> str:
     return quoted(method) if method else page()
 
 
+def retain(_: str) -> str:
+    """What loses less at equal test loss, from the published curves."""
+    from claims.retain import AT, PICTURE, published, tables
+
+    compared = (f"{title}:\n\n{found.markdown()}" for title, found in tables(published(), AT))
+    picture = f"![Test loss and loss on other texts](../assets/claims/{PICTURE})"
+    return "\n\n".join([picture, *compared])
+
+
 # Parts about commands
 
 
@@ -431,6 +440,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "methods": methods,
     "extras": extras,
     "claims": claims,
+    "retain": retain,
     "commands": commands,
     "scripts": scripts,
     "settings": settings,

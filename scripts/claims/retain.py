@@ -328,6 +328,11 @@ def publish(folder: Path, assets: Path) -> bool:
     return True
 
 
+def published() -> Found:
+    """Return the published points."""
+    return read_json(PUBLISHED)
+
+
 def draw(found: Found, file: Path) -> None:
     """Draw the curves of all jobs, means over the seeds, as an SVG file."""
     import matplotlib as mpl
