@@ -231,11 +231,9 @@ def claims(method: str) -> str:
 
 def retain(_: str) -> str:
     """What loses less at equal test loss, from the published curves."""
-    from claims.retain import AT, PICTURE, published, tables
+    from claims.retain import page
 
-    compared = (f"{title}:\n\n{found.markdown()}" for title, found in tables(published(), AT))
-    picture = f"![Test loss and loss on other texts](../assets/claims/{PICTURE})"
-    return "\n\n".join([picture, *compared])
+    return page()
 
 
 # Parts about commands

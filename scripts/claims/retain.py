@@ -51,6 +51,7 @@ AT = (3e-4, 1e-3)  # rates of LoRA whose test losses are those at which all are 
 STRENGTHS = (0.25, 0.5, 0.75)
 LORA, STRENGTH = "LoRA, by rate", "LoRA at 3e-3, by strength"
 SEEDS = tuple(range(5))
+FEWEST = 3  # seeds of each job that a page shows
 CALIBRATION = "method.calibration_data"
 Point = tuple[float, float]  # test loss, and what was lost, in nats per token
 Curve = Mapping[str, Mapping[str, Point]]  # by seed, then by rate or strength
@@ -328,9 +329,19 @@ def publish(folder: Path, assets: Path) -> bool:
     return True
 
 
-def published() -> Found:
-    """Return the published points."""
-    return read_json(PUBLISHED)
+def page() -> str:
+    """Return the part of the page about forgetting, from the published points."""
+    found: Found = read_json(PUBLISHED)
+    seeds = {name: len(found.get(name, {}).get(LORA, {})) for name in JOBS}
+    if min(seeds.values()) < FEWEST:
+        counts = " and ".join(f"{count} of {name}" for name, count in seeds.items())
+        return (
+            f"The comparison is being made: {counts} of {len(SEEDS)} seeds are there, and its "
+            f"tables come with {FEWEST} of each."
+        )
+    compared = (f"{title}:\n\n{each.markdown()}" for title, each in tables(found, AT))
+    picture = f"![Test loss, and loss on other texts](../assets/claims/{PICTURE})"
+    return "\n\n".join([picture, *compared])
 
 
 def draw(found: Found, file: Path) -> None:
