@@ -11,8 +11,8 @@ from petl.system.settings.command_line import options_of, raw
 from petl.system.settings.schema import plain
 from petl.system.values import Rule
 
-# a set of these sources has the task of the mixture
-GENERAL = ("files", "hub")  # sources that read rows of several kinds of task
+# sources that read rows of several kinds of task: a set of them has that of the mixture
+GENERAL = ("files", "hub")
 # mean_accuracy is that of all tasks
 NAME = Rule(
     f"a printable text without {SEPARATOR!r}, other than mean",

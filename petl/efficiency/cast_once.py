@@ -1,7 +1,7 @@
 """Frozen weights that are cast to the dtype of autocast once, not in each forward and backward.
 
-On a CPU, where autocast makes products in bfloat16 several times as fast, these casts are a fifth
-of a step with short rows. The copies take half as much memory as the weights in float32.
+On a CPU, where autocast makes products in bfloat16 several times as fast, a step with few positions
+spends a part of its time on them. The copies take half as much memory as the weights in float32.
 """
 
 from collections.abc import Iterator

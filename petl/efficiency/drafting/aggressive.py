@@ -31,7 +31,7 @@ from petl.efficiency.drafting.registry import (
     register,
     vocabulary_of,
 )
-from petl.efficiency.drafting.tree import best_count
+from petl.efficiency.drafting.tree import best_length
 from petl.errors import InputError, UnsupportedError
 from petl.system.values import integer
 
@@ -177,11 +177,7 @@ class Aggressive(Drafter):
     def _wanted(self, chances: Sequence[float], budget: int | None) -> int:
         if self.most is not None:
             return self.most if budget is None else budget
-        gains, product = [], 1.0
-        for chance in chances:
-            product *= chance
-            gains.append(product)
-        count = best_count(gains, self.costs or TYPICAL)
+        count = best_length(chances, self.costs or TYPICAL)
         return count if budget is None else min(count, budget)
 
     def _count(self, ids: Sequence[int]) -> None:

@@ -27,7 +27,7 @@ from petl.efficiency.drafting.registry import (
     auto_or_count,
     register,
 )
-from petl.efficiency.drafting.tree import best_count
+from petl.efficiency.drafting.tree import best_length
 from petl.system.values import integer
 
 LONGEST = 15  # drafts of length="auto"
@@ -124,11 +124,7 @@ class Lookup(Drafter):
     def _wanted(self, chances: Sequence[float], budget: int | None) -> int:
         if self.length != "auto":
             return self.length if budget is None else budget
-        gains, product = [], 1.0
-        for chance in chances:
-            product *= chance
-            gains.append(product)
-        count = best_count(gains, self.costs or TYPICAL)
+        count = best_length(chances, self.costs or TYPICAL)
         return count if budget is None else min(count, budget)
 
     def _count(self, ids: Sequence[int]) -> None:

@@ -7,6 +7,8 @@ likely token after the most likely one. Shapes: N nodes, S tokens in the cache.
 
 import heapq
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING
 
 import torch
@@ -271,6 +273,15 @@ def best_count(gains: Sequence[float], costs: "Costs", drafting: float = 0.0) ->
         if rate > highest:
             count, highest = i, rate
     return count
+
+
+def best_length(chances: Sequence[float], costs: "Costs") -> int:
+    """Return how many tokens of a chain to verify; each has its chance if those before are right.
+
+    Args:
+        costs: of a pass.
+    """
+    return best_count([*accumulate(chances, mul)], costs)
 
 
 def template_paths(template: Sequence[Sequence[int]], k: int) -> list[Path]:
