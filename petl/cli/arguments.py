@@ -17,7 +17,14 @@ from petl.errors import InputError, did_you_mean
 from petl.system.files.outputs import check_output, check_output_file
 from petl.system.files.paths import file_of, path_of
 from petl.system.values import LARGEST, convert, integer, real, type_problem
-from petl.training.runs.lookup import adapter_at, folder_at, model_at, run_at
+from petl.training.runs.lookup import (
+    adapter_at,
+    embedder_at,
+    folder_at,
+    model_at,
+    run_at,
+    writer_at,
+)
 
 Number = TypeVar("Number", int, float)
 Checked = TypeVar("Checked")
@@ -113,6 +120,16 @@ def saved_model(text: str) -> str:
     return _found(model_at, text)
 
 
+def embedder(text: str) -> str:
+    """Return the path of such a folder, unless its adapter has learned another task."""
+    return _found(embedder_at, text)
+
+
+def writer(text: str) -> str:
+    """Return the path of such a folder, unless its adapter is of a kind that writes no text."""
+    return _found(writer_at, text)
+
+
 def named_run(text: str) -> tuple[str, str]:
     """Return the name and the folder of NAME=RUN."""
     name, separator, path = text.partition("=")  # a path may contain =, a name does not
@@ -139,6 +156,19 @@ def existing(text: str) -> str:
     """Return the path of an existing file or folder, or - for standard input."""
     _or_message(lambda: text == "-" or Path(text).is_dir() or file_to_read(text))
     return text
+
+
+def table(text: str) -> str:
+    """Return the path of an existing file of rows, in a format that petl reads."""
+    from petl.data.files import data_file  # with pyarrow, for the commands that read rows
+
+    _or_message(lambda: data_file("FILE", text))
+    return text
+
+
+def table_or_folder(text: str) -> str:
+    """Return the path of an existing file of rows, or of a folder of texts."""
+    return text if Path(text).is_dir() else table(text)
 
 
 def drafter(text: str) -> str:

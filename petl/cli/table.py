@@ -19,6 +19,7 @@ from petl.cli.arguments import (
     divisor,
     drafter,
     each,
+    embedder,
     existing,
     file_or_setting,
     file_to_read,
@@ -33,7 +34,10 @@ from petl.cli.arguments import (
     saved_run,
     served_run,
     strength,
+    table,
+    table_or_folder,
     weights,
+    writer,
 )
 from petl.cli.options import Command, Options, argument, choice, either, option, switch
 from petl.system.imports.extras import install_hint
@@ -464,8 +468,9 @@ class RetrieveOptions(RunOptions):
     folder, the passages of its texts are searched (.md, .markdown, .txt), each with file and line.
     """
 
+    run: str = argument("folder of a run, or of an adapter", embedder)
     corpus: str = argument(
-        "csv, tsv, json, jsonl or parquet, or a folder of texts", existing, metavar="FILE"
+        "csv, tsv, json, jsonl or parquet, or a folder of texts", table_or_folder, metavar="FILE"
     )
     query: list[str] = option("a text; may be repeated", action="append", default=MISSING)
     k: int = option("texts for each query", COUNT, default=10)
@@ -488,9 +493,9 @@ class MineOptions(LoadOptions):
     --column, --query and --positive name columns that are called otherwise.
     """
 
-    run: str = argument(MODEL, saved_model)
-    corpus: str = argument("csv, tsv, json, jsonl or parquet", existing, metavar="CORPUS")
-    queries: str = argument("likewise", existing, metavar="QUERIES")
+    run: str = argument(MODEL, embedder)
+    corpus: str = argument("csv, tsv, json, jsonl or parquet", table_or_folder, metavar="CORPUS")
+    queries: str = argument("likewise", table, metavar="QUERIES")
     out: Path = option("csv, tsv, jsonl or parquet to write", file_to_write, MISSING)
     k: int = option("negatives of a row at most", COUNT, default=5)
     column: str | None = option("of the corpus (default: text)", metavar="NAME")
@@ -534,7 +539,7 @@ class AnswerOptions(RunOptions, EngineOptions):
     Settings of sampling that are None have the value of the model's generation config.
     """
 
-    run: str = argument(MODEL, saved_model)
+    run: str = argument(MODEL, writer)
     adapter: list[tuple[str, str]] = option(
         "a further adapter on the same base model, and its name; may be repeated",
         named_run,
@@ -714,7 +719,7 @@ class DraftOptions(RunOptions, ConfigOptions):
     replaced.
     """
 
-    run: str = argument(MODEL, saved_model)
+    run: str = argument(MODEL, writer)
     overrides: list[str] = argument(
         "+drafter=NAME, drafter.FIELD=VALUE, draft.SETTING=VALUE",
         default=[],

@@ -13,6 +13,7 @@ collection stands for a list, set or tuple.
 import dataclasses
 import inspect
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
@@ -213,7 +214,7 @@ class Rule:
     holds: Callable[[Any], bool]
     options: tuple[Any, ...] = ()
     reason: str = ""
-    bounds: Mapping[str, float] | None = None
+    bounds: Mapping[str, float | str] | None = None
 
     def check(self, name: str, value: object, hint: object = Any) -> None:
         """Raise InputError if the field `name` may not have a value.
@@ -273,12 +274,20 @@ def bounded(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    pattern: str = "",
     reason: str = "",
 ) -> Rule:
     """Rule for numbers that are at least `ge`, above `gt`, at most `le`, below `lt`.
 
+    Of a list, each entry is one.
+
     >>> bounded(ge=1).words, bounded(ge=0, lt=1).words
     ('at least 1', 'in [0, 1)')
+    >>> bounded(ge=1, pattern="low|high").words, bounded(pattern="auto").words
+    ('at least 1, or text that matches low|high', 'a number, or text that matches auto')
+
+    Args:
+        pattern: a regular expression of what a text may be instead.
     """
     # of each side, one bound at most is given
     lower = gt if ge is None else ge
@@ -287,10 +296,17 @@ def bounded(
         words = f"in {'(['[gt is None]}{lower}, {upper}{')]'[lt is None]}"
     elif lower is not None:
         words = f"{'at least' if gt is None else 'above'} {lower}"
-    else:
+    elif upper is not None:
         words = f"{'at most' if lt is None else 'below'} {upper}"
+    else:
+        words = "a number"
+    words += f", or text that matches {pattern}" if pattern else ""
 
-    def holds(value: float) -> bool:
+    def holds(value: Any) -> bool:
+        if isinstance(value, COLLECTIONS):
+            return all(map(holds, value))
+        if isinstance(value, str):
+            return re.fullmatch(pattern, value) is not None
         return (
             (ge is None or value >= ge)
             and (gt is None or value > gt)
@@ -298,7 +314,7 @@ def bounded(
             and (lt is None or value < lt)
         )
 
-    given = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    given = {"ge": ge, "gt": gt, "le": le, "lt": lt, "pattern": pattern or None}
     bounds = {name: bound for name, bound in given.items() if bound is not None}
     return Rule(words, holds, reason=reason, bounds=bounds)
 

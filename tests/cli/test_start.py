@@ -86,6 +86,13 @@ WRONG = {
     "generate runs/mina --prompt a --drafter fre": ("'fre'", "'free'"),
     "predict runs/mina row.csv": ("row.csv", "'rows.csv'"),
     "draft runs/mina +drafter=hydar": ("'hydar'", "'hydra'"),
+    "train +method=mola method.num_experts=abc": ("method.num_experts='abc'", "hourglass"),
+    "train +method=pyra method.schedule=[1,-1]": ("method.schedule=[1, -1]", "low|high"),
+    "train +method=compacter method.scaling=lerned": ("method.scaling='lerned'", "learned"),
+    "predict runs/meno rows.xlsx": ("rows.xlsx", ".csv"),
+    "retrieve runs/moni rows.csv --query a": ("data.task=classification", "retrieval"),
+    "mine runs/mina rows.csv rows.xlsx --out triples.jsonl": ("rows.xlsx", ".csv"),
+    "chat runs/moni": ("SEQ_CLS", "petl predict"),
     **dict.fromkeys(NO_RUN, ("runs/mine", "runs/mina")),
 }
 RIGHT = {
@@ -100,7 +107,7 @@ RIGHT = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Rows, a file of llama.cpp, an adapter in runs/mina, a run in runs/meno."""
+    """Rows; an adapter in runs/mina, that of a classifier in runs/moni, a run in runs/meno."""
     made = tmp_path_factory.mktemp("start")
     (made / "rows.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 20)
     (made / "faulty.csv").write_text("text,label\n" + "good,a\n,b\nbad,\n" * 9)
@@ -110,6 +117,10 @@ def folder(tmp_path_factory) -> Path:
     (made / "runs/meno/adapter").mkdir(parents=True)
     (made / "runs/meno/adapter/adapter_config.json").write_text("{}")
     (made / "runs/meno/config.yaml").write_text("data: {task: classification, source: files}")
+    (made / "rows.xlsx").touch()
+    (made / "runs/moni").mkdir()
+    (made / "runs/moni/adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
+    (made / "runs/moni/task.json").write_text('{"task": "classification"}')
     (made / "runs/mina").mkdir(parents=True)
     (made / "runs/mina/adapter_config.json").write_text("{}")
     return made

@@ -488,11 +488,11 @@ def test_the_vectors_have_a_learning_rate_of_their_own():
 
 
 REFUSED = {
-    "not low, high": {"schedule": "medium"},
+    "low.high": {"schedule": "medium"},
     "known for 12 or 24 blocks, and the model has 3": {"schedule": "high"},
     "has 2 numbers, and the model has 3": {"schedule": [1, 1]},
-    "numbers from 0": {"schedule": [-1, 2, 0]},
-    "one above it": {"schedule": [0, 0, 0]},
+    "at least 0": {"schedule": [-1, 2, 0]},
+    "above 0": {"schedule": [0, 0, 0]},
     "schedule=1.5": {"schedule": 1.5},
     "protected_tokens=3": {"schedule": [1, 1, 1], "protected_tokens": 3},
     "the outer method": {"schedule": [1, 1, 1], "inner": "pyra"},

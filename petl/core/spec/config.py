@@ -56,7 +56,8 @@ def config_field(
     Args:
         choices: the allowed values; of a list, of its entries.
         acts: what else has to be set for it to act; None: nothing.
-        bounds: of a number: `ge` at least, `gt` above, `le` at most, `lt` below.
+        bounds: of a number: `ge` at least, `gt` above, `le` at most, `lt` below; `pattern`: a
+            regular expression of what a text may be instead.
     """
     options = tuple(choices)
     rule = one_of(*options) if options else bounded(**bounds) if bounds else FREE

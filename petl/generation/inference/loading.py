@@ -29,6 +29,7 @@ from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.errors import InputError, UnsupportedError
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.system.files.disk import check_links
+from petl.training.runs.lookup import no_writer
 
 logger = logging.getLogger(__name__)
 DEFAULT = "default"  # the name of the first adapter
@@ -246,10 +247,7 @@ def task_of(found: Found, path: str | Path) -> Task:
         writes = not config.architectures or kind.endswith(WRITERS)
         reads = bool(config.is_encoder_decoder) if writes else None
     if reads is None:
-        raise InputError(
-            f"{path} does not write text ({kind}): give a model of data.task=causal_lm or seq2seq; "
-            "`petl predict` labels examples"
-        )
+        raise no_writer(path, kind)
     # lengths are those of the prompts
     if reads:
         return Seq2Seq(max_length=1, max_target_length=1, new_tokens=tokens)

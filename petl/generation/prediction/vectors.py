@@ -26,7 +26,7 @@ from petl.data.inputs import read_inputs
 from petl.data.judgements import DOCUMENT, QUERY
 from petl.data.models.loading import load_base, load_processor
 from petl.data.models.sources import read_source
-from petl.data.tasks.base import Pad, Task, pad_id
+from petl.data.tasks.base import Pad, pad_id
 from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.retrieval.base_folder import LENGTHS
 from petl.data.tasks.retrieval.reranking import Reranking
@@ -41,6 +41,7 @@ from petl.system.files.disk import atomic_file
 from petl.system.progress import ProgressItems
 from petl.training.dataloader import longest_first, to_device
 from petl.training.distributed.launch import Launch, accelerate_restored, make_accelerator
+from petl.training.runs.lookup import no_embedder
 
 ROLES = (QUERY, DOCUMENT)
 LONGEST = 512  # tokens, of a model whose folder does not say; assumption
@@ -134,7 +135,7 @@ def vectors_of(predictor: Predictor, texts: Sequence[str], role: str, size: int)
     """
     task = predictor.task
     if not isinstance(task, Retrieval):
-        raise another_task(task)
+        raise no_embedder(task.name)
     with predictor.autocast():
         return vectors(predictor.model, task, predictor.processor, texts, role, size)
 
@@ -316,7 +317,7 @@ def rows_of(
     """
     task = saved.saved_task
     if not isinstance(task, Retrieval):
-        raise another_task(task)
+        raise no_embedder(task.name)
     columns = data_settings(saved.columns, task, settings, labels=False)
     for name in names:
         if Path(name).expanduser().is_dir():
@@ -324,11 +325,6 @@ def rows_of(
                 yield {"text": passage.searched}, {"text": passage.searched}
         else:
             yield from read_inputs([name], task, columns)
-
-
-def another_task(task: Task) -> InputError:
-    """The error for a run without vectors."""
-    return InputError(f"the run is of data.task={task.name}: vectors need data.task=retrieval")
 
 
 # Search

@@ -81,7 +81,9 @@ class SubLayerConfig(MethodConfig):
         "add the network's input to its output; null: for sequential only", None
     )
     non_linearity: str = config_field("a name in transformers' ACT2FN", "gelu")
-    scaling: float | str = config_field("factor of the network's output, or 'learned' from 1", 1.0)
+    scaling: float | str = config_field(
+        "factor of the network's output, or 'learned' from 1", 1.0, pattern="learned"
+    )
     bneck_dropout: float = config_field("dropout inside the bottleneck", 0.0, ge=0, lt=1)
     use_bias: bool = config_field("biases of both projections", True)
     train_layer_norms: bool = config_field("also train and save the norms of the backbone", False)
@@ -98,9 +100,6 @@ class SubLayerConfig(MethodConfig):
         require(bool(self.locations), f"locations=[] is empty; name some of {allowed}")
         self._check_width()
         check_activation(self.non_linearity)
-        learned = self.scaling == "learned"
-        is_number = isinstance(self.scaling, int | float) and not isinstance(self.scaling, bool)
-        require(learned or is_number, f"scaling={self.scaling!r} is not a number or 'learned'")
         require(
             self.input_modules is None or self.reads_input,
             f"input_modules={self.input_modules} has no effect with placement='sequential'; leave "

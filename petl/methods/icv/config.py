@@ -1,6 +1,5 @@
 """The fields of ICV, and the modules that they mean in a model."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,9 @@ class IcvConfig(MethodConfig):
         "the modules whose outputs are shifted; null, as mode and layers determine them", None
     )
     strength: float | str = config_field(
-        "strength of the shift, 0 for none; auto, in runs: the best on held-out training rows", 0.1
+        "strength of the shift, 0 for none; auto, in runs: the best on held-out training rows",
+        0.1,
+        pattern=AUTO,
     )
     mode: str = config_field(
         "what is shifted: mlp (the output of each MLP, before the residual sum) or stream (the "
@@ -56,7 +57,10 @@ class IcvConfig(MethodConfig):
     )
 
     def check(self) -> None:
-        self._check_strength()
+        require(
+            not (self.train and self.strength == 0),
+            "strength=0 with train=True leaves the vectors without a gradient; choose another",
+        )
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
             require(
@@ -83,18 +87,6 @@ class IcvConfig(MethodConfig):
             self.pairs is not None or self.starts_at_zero,
             "pairs=None starts the vectors at zero, which have no direction; it needs "
             "scale='plain' and keep_norm=False",
-        )
-
-    def _check_strength(self) -> None:
-        strength = self.strength
-        if isinstance(strength, str):
-            require(strength == AUTO, f"strength={strength!r} is not a number or 'auto'")
-            return
-        is_number = not isinstance(strength, bool) and math.isfinite(strength)
-        require(is_number, f"strength={strength!r} is not a finite number or 'auto'")
-        require(
-            not (self.train and strength == 0),
-            "strength=0 with train=True leaves the vectors without a gradient; choose another",
         )
 
     def check_shapes(self, shapes: object) -> None:

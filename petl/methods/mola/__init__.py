@@ -42,7 +42,7 @@ from petl.core.register import register
 from petl.core.serving.mixed_batch import BatchedAdapter
 from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 from petl.core.support import Capability
-from petl.errors import InputError, UnknownNameError, did_you_mean
+from petl.errors import InputError
 from petl.methods.mola.grouped import GroupedMola
 from petl.methods.mola.pregate import PreGate
 from petl.methods.mola.routes import ROUTER, Routes, gates_of, refuse_unroutable
@@ -80,35 +80,20 @@ def expert_pattern(num_experts: int | str | list[int]) -> list[int]:
     Integers of at least 1000 are read digit by digit: the command line turns "2468" into 2468.
 
     Raises:
-        InputError: it has another form, or an entry is below 1.
+        InputError: there is no entry, or one is below 1.
     """
     if isinstance(num_experts, str) or (isinstance(num_experts, int) and num_experts >= 1000):
-        pattern = _read_pattern(str(num_experts))
+        text = str(num_experts)
+        pattern = SHAPES.get(text) or [int(n) for n in (text.split(",") if "," in text else text)]
     else:
         pattern = list(num_experts) if isinstance(num_experts, list | tuple) else [num_experts]
-    are_integers = all(isinstance(n, int) and not isinstance(n, bool) for n in pattern)
-    require(
-        bool(pattern) and are_integers,
-        f"num_experts={num_experts!r} is not an integer or a list of integers",
-    )
+    require(bool(pattern), "num_experts=[] is empty; give a number for each group of layers")
     require(
         min(pattern) >= 1,
         f"num_experts={num_experts!r} has an entry below 1 (numbers from 1000 on are read digit by "
         "digit, one for each part of the layers)",
     )
     return pattern
-
-
-def _read_pattern(text: str) -> list[int]:
-    if text in SHAPES:
-        return SHAPES[text]
-    try:
-        return [int(n) for n in (text.split(",") if "," in text else text)]  # a list, or digits
-    except ValueError:
-        raise UnknownNameError(
-            f"num_experts={text!r} is not a number, a string of digits such as '2468', a list such "
-            "as '10,2,2,2', or a named shape" + did_you_mean(text, SHAPES)
-        ) from None
 
 
 def experts_by_layer(num_experts: int | str | list[int], num_layers: int) -> list[int]:
@@ -157,6 +142,8 @@ class MolaConfig(MethodConfig):
         "experts per layer: one number (5), one per group of layers ('2468', '10,2,2,2' or a "
         "list), or a named shape: triangle, inverted_triangle, hourglass, diamond, rectangle",
         "inverted_triangle",
+        ge=1,
+        pattern="|".join(SHAPES) + r"|\d+(,\d+)*",
     )
     top_k: int = config_field("experts per token, at most the experts of any layer", 2, ge=1)
     router_type: str = config_field(

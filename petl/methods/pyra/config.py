@@ -44,6 +44,8 @@ class PyraConfig(OuterConfig):
         "tokens to remove in each block: low or high, the paper's for 12 or 24 blocks, or one "
         "number for each block, such as [4, 2, 0]; limited by the tokens that the image has",
         "high",
+        ge=0,
+        pattern="|".join(SCHEDULES),
     )
     protected_tokens: int | None = config_field(
         "tokens at the start that are not merged; null: 2 with a distillation token (DeiT, AST), "
@@ -79,14 +81,11 @@ class PyraConfig(OuterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.schedule  # a tuple or OmegaConf's list, too
-        if isinstance(given, str):
-            require(given in SCHEDULES, f"schedule={given!r} is not low, high or a list of numbers")
-        else:
+        if not isinstance(given, str):
             self.schedule = list(given)
             require(
-                all(count >= 0 for count in given) and any(given),
-                f"schedule={self.schedule} must have numbers from 0, and one above it: the tokens "
-                "that each block removes",
+                any(given),
+                f"schedule={self.schedule} removes no tokens; give a number above 0 for a block",
             )
         for name in OF_BLOCKS[1:] if self.inner is None else ():
             value = getattr(self, name, None)

@@ -141,7 +141,7 @@ def look_up_columns(run: str, names: Sequence[str], words: Sequence[str], *, lab
         InputError: a file is not there, or its first row lacks a column.
     """
     # the imports of pyarrow are for these commands alone
-    from petl.data.files import Files
+    from petl.data.files import Files, data_file
     from petl.data.tabular import TASK_COLUMNS
     from petl.data.task_columns import NamedColumns
 
@@ -149,6 +149,9 @@ def look_up_columns(run: str, names: Sequence[str], words: Sequence[str], *, lab
     run_data = read_yaml(file, dict[str, Any]).get("data") if file.is_file() else None
     data = run_data if isinstance(run_data, Mapping) else {}
     kind = TASK_COLUMNS.get(str(data.get("task")))
+    for name in names if kind is not None else ():
+        if name != "-" and not Path(name).is_dir():
+            data_file("FILE", name)
     # other tasks choose by more than names, and of several sets the task knows the columns
     if kind is None or not issubclass(kind, NamedColumns) or data.get("tasks"):
         return

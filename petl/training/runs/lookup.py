@@ -7,10 +7,13 @@ from pathlib import Path
 
 from petl.errors import InputError
 from petl.system.files.paths import why_impossible
+from petl.system.files.read import read_json
 
 ADAPTER = "adapter"  # the folder of the adapter in that of a run
 CONFIG, SCORES = "config.yaml", "scores.json"  # of a run
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"  # of PEFT, of transformers
+TASK_FILE, RETRIEVAL = "task.json", "retrieval"  # in an adapter's folder; a name that it may have
+WITHOUT_TEXT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # task_type of PEFT
 DRAFTER_CONFIG = "drafter_config.json"
 # one of which a folder has that can be named
 KINDS = ("environment.json", ADAPTER_CONFIG, MODEL_CONFIG)
@@ -66,6 +69,43 @@ def model_at(path: str | Path) -> Path:
     # of which petl merge and petl draft write one each
     others = (MODEL_CONFIG, DRAFTER_CONFIG)
     return folder if any((folder / name).is_file() for name in others) else adapter_at(path)
+
+
+def embedder_at(path: str | Path) -> Path:
+    """Return what `model_at` does, unless an adapter there has learned another task."""
+    folder = model_at(path)
+    name = _entry(folder / TASK_FILE, "task")
+    if name and name != RETRIEVAL:
+        raise no_embedder(name)
+    return folder
+
+
+def no_embedder(task: str) -> InputError:
+    """Return the error for a run of a task without vectors."""
+    return InputError(f"the run is of data.task={task}: vectors need data.task={RETRIEVAL}")
+
+
+def writer_at(path: str | Path) -> Path:
+    """Return what `model_at` does, unless an adapter there is of a kind that writes no text."""
+    folder = model_at(path)
+    kind = _entry(folder / ADAPTER_CONFIG, "task_type")
+    if kind in WITHOUT_TEXT:
+        raise no_writer(path, kind)
+    return folder
+
+
+def no_writer(path: str | Path, kind: str) -> InputError:
+    """Return the error for a model that writes no text; `kind` names what it is."""
+    return InputError(
+        f"{path} does not write text ({kind}): give a model of data.task=causal_lm or seq2seq; "
+        "`petl predict` labels examples"
+    )
+
+
+def _entry(file: Path, name: str) -> str:
+    """Return the text `name` of a JSON file; "" if it has none."""
+    entry = read_json(file, dict).get(name) if file.is_file() else None
+    return entry if isinstance(entry, str) else ""
 
 
 def run_at(path: str | Path) -> Path:
