@@ -23,7 +23,6 @@ from petl.core.registry import (
 from petl.core.spec.facts import facts_of
 from petl.core.types import Arguments, Fields, base_of
 from petl.data.models.loading import new_modules
-from petl.data.tasks.base import packs
 from petl.efficiency.rewrite import apply_rewrites, rewrite, rewrites_of
 from petl.errors import InputError
 from petl.system.progress import ProgressItems
@@ -61,6 +60,7 @@ def wrapped(setup: Setup, bases: Bases | None = None) -> PeftModel:
     if config.loss is not None:
         attach(model, config.loss)
     check_model(model, settings)
+    setup.splits.task.check_model(model)
     applied = apply_rewrites(model, rewrites_of(settings))
     names = [f"train.{name}" for name in applied if not rewrite(name).exact]
     if names:
@@ -144,7 +144,7 @@ def wrap_arguments(setup: Setup) -> Arguments:
 
 
 def check_model(model: PeftModel, settings: TrainConfig) -> None:
-    """Raise InputError if settings or data do not fit this model, or if nothing is trainable."""
+    """Raise InputError if settings do not fit this model, or if nothing is trainable."""
     if not is_computed(model.active_peft_config):
         groups(model, settings)  # raises if nothing is trainable
     base = base_of(model)
@@ -154,9 +154,6 @@ def check_model(model: PeftModel, settings: TrainConfig) -> None:
             f"train.gradient_checkpointing={str(kind).lower()} is not possible: "
             f"{type(base).__name__} does not support it"
         )
-    if packs(base):
-        packing = import_module("petl.data.tasks.packing")  # for data with packed texts
-        packing.check_packed_texts_isolated(model, base)
 
 
 # The frozen weights that runs of one process share

@@ -60,7 +60,9 @@ def test_half_precision_is_close(plain, words, tmp_path):
     assert losses(other) != losses(plain)
 
 
-def test_buckets_have_whole_steps_of_every_row(words, tmp_path):
+def test_buckets_have_whole_steps_of_every_row(families, tmp_path):  # noqa: F811
+    # of adapters that may read other positions, texts have rows of their own, with padding
+    words = families("retrieval", "+method=adapter", *SHORTER)
     epoch = ["train.steps=null", "train.epochs=1"]
     runs = [
         train([*words, *epoch, setting], tmp_path / name)
@@ -73,6 +75,9 @@ def test_buckets_have_whole_steps_of_every_row(words, tmp_path):
     # all texts once; similar ones together need less padding
     assert other["tokens"] == one["tokens"]
     assert other["padding"] < one["padding"]
+    packed = train([*families("retrieval", "+method=lora", *SHORTER), *epoch], tmp_path / "packed")
+    assert packed.scores["tokens"] == one["tokens"]
+    assert packed.scores["padding"] < one["padding"]
 
 
 def test_a_store_of_frozen_blocks_is_refused_with_the_reason(words, tmp_path):

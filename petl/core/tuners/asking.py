@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.compat import drop_base_weights, tuner_of
+from petl.core.compat import BaseTuner, drop_base_weights, tuner_of
 from petl.core.experts.files import split_experts, stack_experts, without_adapter
 from petl.core.layers.block import BlockAdapters
 from petl.core.layers.class_swap import AdapterDict
@@ -414,6 +414,14 @@ def check_loaded(
 
 
 DEFAULTS: Method[Any, Any] = Method()
+
+
+def computes_by_position(model: PeftModel) -> bool:
+    """Return True if the adapters of a model change each position by itself."""
+    tuner = model.base_model
+    # PEFT's tuners adapt single layers; what is not a tuner adds positions (prompts)
+    of_peft = isinstance(tuner, BaseTuner) and not isinstance(tuner, AskingTuner)
+    return of_peft or method_asked(type(tuner)).by_position
 
 
 def method_asked(tuner: type) -> Method[Any, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoFeatureExtractor,
@@ -201,6 +202,9 @@ class Task(Vocabulary, ABC, Generic[P]):
 
     def adjust(self, model: PreTrainedModel) -> None:
         """Modify a model that was just loaded for the batches of this task (hooks, flags)."""
+
+    def check_model(self, model: PeftModel) -> None:
+        """Raise InputError if this model with its adapter does not compute what the task needs."""
 
     def model_files(self, model: PreTrainedModel) -> dict[str, object]:
         """Files, by name, that belong beside a model of this task: content of JSON, or bytes."""
@@ -583,11 +587,6 @@ def summed_loss_at(wanted: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 def rounded(value: SupportsFloat) -> float:
     """Round a number of a prediction to six digits, which float32 has."""
     return float(f"{float(value):.6g}")
-
-
-def packs(model: PreTrainedModel) -> bool:
-    """True if `isolate_packed_texts` was called for this model."""
-    return getattr(model, "petl_packs", False)
 
 
 def need_offsets(tokenizer: PreTrainedTokenizerBase, task: str) -> None:

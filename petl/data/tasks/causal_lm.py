@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple, cast
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from petl.core.types import base_of
 from petl.data.tasks import Message
 from petl.data.tasks.base import (
     IGNORED,
@@ -30,7 +32,12 @@ from petl.data.tasks.base import (
     summed_loss_at,
 )
 from petl.data.tasks.chat import encode_chat, last_answer, question
-from petl.data.tasks.packing import batch_of_blocks, isolate_packed_texts, pack
+from petl.data.tasks.packing import (
+    batch_of_blocks,
+    check_packed_texts_isolated,
+    isolate_packed_texts,
+    pack,
+)
 from petl.ops.segmented_loss import shifted
 from petl.system.values import field, integer
 
@@ -111,6 +118,11 @@ class CausalLM(DecoderTask[PreTrainedTokenizerBase], TextWritingTask):
         """Isolate packed texts in attention."""
         if self.pack:
             isolate_packed_texts(model)
+
+    def check_model(self, model: PeftModel) -> None:
+        """Check that packed texts do not depend on one another."""
+        if self.pack:
+            check_packed_texts_isolated(model, base_of(model))
 
     def why_dropped(self) -> str:
         if self.chat:

@@ -42,14 +42,26 @@ class PackedRow:
 def pack(texts: Iterable[Sequence[int]], length: int) -> list[PackedRow]:
     """Lay texts side by side in blocks of at most `length` tokens; only longer texts are cut.
 
-    Best fit decreasing: the longest come first, each into the fullest block that has room for it
-    (Ding et al. 2024, Fewer Truncations Improve Language Modeling, arXiv:2404.10830).
+    By best fit decreasing (Ding et al. 2024, Fewer Truncations Improve Language Modeling,
+    arXiv:2404.10830).
     """
     pieces = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
-    chosen: list[list[int]] = []  # numbers of the pieces of each block
+    blocks = best_fit([*map(len, pieces)], length)
+    return [joined([pieces[i] for i in numbers]) for numbers in blocks]
+
+
+def best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Return the numbers of the texts of each block of `length` tokens, in the order of the texts.
+
+    The longest come first, each into the fullest block that has room for it.
+
+    Args:
+        lengths: of the texts, none above `length`.
+    """
+    chosen: list[list[int]] = []  # numbers of the texts of each block
     rooms: list[tuple[int, int]] = []  # of the blocks that are not full: (room, block), sorted
-    for number in sorted(range(len(pieces)), key=lambda i: -len(pieces[i])):
-        size = len(pieces[number])
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        size = lengths[number]
         place = bisect_left(rooms, (size, 0))
         room, block = rooms.pop(place) if place < len(rooms) else (length, len(chosen))
         if block == len(chosen):
@@ -58,7 +70,7 @@ def pack(texts: Iterable[Sequence[int]], length: int) -> list[PackedRow]:
         if room > size:
             insort(rooms, (room - size, block))
     # in the order of the texts, as far as whole blocks can be
-    return [joined([pieces[i] for i in numbers]) for numbers in sorted(map(sorted, chosen))]
+    return sorted(map(sorted, chosen))
 
 
 def joined(pieces: Iterable[Sequence[int]]) -> PackedRow:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from petl.core.compat import BaseTuner, BaseTunerLayer, ModulesToSaveWrapper
+from petl.core.compat import BaseTunerLayer, ModulesToSaveWrapper
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.support import Capability
-from petl.core.tuners.asking import AskingTuner, method_asked
+from petl.core.tuners.asking import computes_by_position
 from petl.core.types import Arguments, base_of
 from petl.efficiency.rewrite import Rewrite, Value
 from petl.efficiency.skip_unread.block_positions import (
@@ -53,12 +53,9 @@ def _predicts_tokens(base: nn.Module) -> bool:
 
 def _refusal_of_tuner(model: PeftModel) -> str:
     """Return why the adapters of a model may read all positions; "" if they do not."""
-    tuner = model.base_model
-    # PEFT's tuners adapt single layers; what is not a tuner adds positions (prompts)
-    of_peft = isinstance(tuner, BaseTuner) and not isinstance(tuner, AskingTuner)
-    if of_peft or method_asked(type(tuner)).by_position:
+    if computes_by_position(model):
         return ""
-    return f"{type(tuner).__name__} may read all positions"
+    return f"{type(model.base_model).__name__} may read all positions"
 
 
 def _refusal(base: nn.Module) -> str:

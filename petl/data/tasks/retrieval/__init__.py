@@ -17,12 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import PeftModel
 from tokenizers.processors import Sequence as Sequenced
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from petl.core.layers.class_swap import swap_class
+from petl.core.tuners.asking import computes_by_position
+from petl.core.types import base_of
 from petl.data.judgements import DOCUMENT, test_rows
 from petl.data.tasks import ABOVE_0, DIMS, DISTANCE, MARGIN, POOLING
 from petl.data.tasks.base import (
@@ -50,6 +53,7 @@ from petl.data.tasks.retrieval.embedder import (
     alike_parts,
     whole_step,
 )
+from petl.data.tasks.retrieval.packed import Packing, layout_of, packing_of
 from petl.data.tasks.retrieval.scores import Rankings, held_out
 from petl.errors import InputError
 from petl.system.values import field, integer, one_of
@@ -108,6 +112,7 @@ class Retrieval(TextTask):
 
     def __post_init__(self) -> None:
         self._dense: DenseLayers | None = None  # until the base is known
+        self.packing: Packing | None = None  # until the model is known
         for name in OPTIONS:
             users = [loss for loss, kind in LOSSES.items() if name in kind.options]
             value = getattr(self, name)
@@ -158,6 +163,13 @@ class Retrieval(TextTask):
             model._keys_to_ignore_on_save = names | set(model._keys_to_ignore_on_save or ())
         swap_class(model, Embedder)
         cast("Embedder", model).petl_task = self
+
+    def check_model(self, model: PeftModel) -> None:
+        """Let training batches be rows of several texts, if that changes no vector."""
+        base = base_of(model)
+        if computes_by_position(model):
+            states_of = cast("Embedder", base).states_of
+            self.packing = packing_of(base, states_of, self.max_length)
 
     def vector_width(self, config: PretrainedConfig) -> int:
         """Numbers of a vector."""
@@ -321,7 +333,11 @@ class Retrieval(TextTask):
 
     def positions(self, batch: Batch) -> int:
         """The positions of a batch that a model without hooks computes, padding included."""
-        parts = alike_parts(batch["attention_mask"])
+        mask = batch["attention_mask"]
+        layout = None if self.packing is None else layout_of(mask)
+        if layout is not None:
+            return layout.source.numel()
+        parts = alike_parts(mask)
         return sum(len(rows) * length for rows, length in parts) or super().positions(batch)
 
     def items(self, batch: Batch) -> int:

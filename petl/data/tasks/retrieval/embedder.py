@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from petl.core.layers.class_swap import SwappedClass
 from petl.data.tasks.base import Batch, Outputs
 from petl.data.tasks.retrieval.dense import NAME
+from petl.data.tasks.retrieval.packed import Packing, layout_of
 from petl.ops.retrieval import (
     cosent,
     cosine,
@@ -50,6 +52,7 @@ class Settings(Protocol):
     symmetric: bool | None
     distance: str | None
     temperature: float | None
+    packing: Packing | None
     label_columns: ClassVar[tuple[str, ...]]
 
 
@@ -99,15 +102,9 @@ class Embedder(SwappedClass):
         names = self.petl_task.label_columns
         batch = {name: inputs.pop(name) for name in names if name in inputs}
         # other batches than those of training are of alike texts already
-        trained = cast("nn.Module", self).training and not args
-        parts = self.parts_of(inputs) if trained else []
-        states = None
-        if parts:
-            found = [self.embedded(**part_of(inputs, rows, length))[1] for rows, length in parts]
-            # back to the order of the batch, which `places` count in
-            order = torch.cat([rows for rows, _ in parts])
-            vectors = torch.cat(found)[order.argsort()]
-        else:
+        trained = cast("nn.Module", self).training and not args and self.may_split(inputs)
+        states, vectors = None, self.split_vectors(inputs) if trained else None
+        if vectors is None:
             states, vectors = self.embedded(*args, **inputs)
         task = self.petl_task
         # a row to embed or to rank is one text without a label
@@ -117,29 +114,53 @@ class Embedder(SwappedClass):
 
     def embedded(self, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The states of tokens, [N, T, D], and the vectors of texts, [N, D]."""
-        states = cast("Any", super()).forward(*args, **inputs).last_hidden_state
-        mask = inputs.get("attention_mask")
+        states = self.states_of(*args, **inputs)
+        return states, self.vectors_of(states, inputs.get("attention_mask"))
+
+    def states_of(self, *args: Any, **inputs: Any) -> Tensor:
+        """The states of tokens by the base model's own forward pass, [N, T, D]."""
+        return cast("Any", super()).forward(*args, **inputs).last_hidden_state
+
+    def vectors_of(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """The vectors of texts, [N, D]."""
         if mask is None:
             mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
         # the mask also covers the keys of a prefix, which have no states
         vectors = pool(states, mask[:, -states.shape[1] :], self.petl_task.pooling or "mean")
         dense = getattr(self, NAME, None)
         vectors = vectors if dense is None else dense(vectors)
-        return states, F.normalize(vectors, dim=-1) if self.petl_task.normalize else vectors
+        return F.normalize(vectors, dim=-1) if self.petl_task.normalize else vectors
 
-    def parts_of(self, inputs: Mapping[str, object]) -> list[tuple[Tensor, int]]:
-        """Rows of a padded batch that are computed apart, with their length; [] for all at once."""
+    def split_vectors(self, inputs: Mapping[str, Tensor | None]) -> Tensor | None:
+        """The vectors of a padded batch from rows of several texts, or from parts of alike texts.
+
+        None if one pass of the batch costs no more.
+        """
+        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        mask, packing = given["attention_mask"], self.petl_task.packing
+        layout = layout_of(mask) if packing is not None else None
+        if layout is not None and packing is not None:
+            arguments = packing.arguments(cast("PreTrainedModel", self), given, layout)
+            return self.vectors_of(layout.unpacked(self.states_of(**arguments), mask), mask)
+        parts = alike_parts(mask)
+        if not parts:
+            return None
+        found = [self.embedded(**part_of(given, rows, length))[1] for rows, length in parts]
+        # back to the order of the batch, which `places` count in
+        order = torch.cat([rows for rows, _ in parts])
+        return torch.cat(found)[order.argsort()]
+
+    def may_split(self, inputs: Mapping[str, object]) -> bool:
+        """True if the texts of a padded batch may be computed in other passes and rows."""
         mask, base = inputs.get("attention_mask"), cast("nn.Module", self)
         # a hook has the mask, or a state, of one forward pass
         if not isinstance(mask, Tensor) or base._forward_hooks or base._forward_pre_hooks:
-            return []
+            return False
         given = [each for each in inputs.values() if each is not None]
         if any(not isinstance(t, Tensor) or t.shape != mask.shape for t in given):
-            return []
+            return False
         # processes gather the weights of a pass together: all of them need equally many
-        if any(isinstance(parameter, DTensor) for parameter in base.parameters()):
-            return []
-        return alike_parts(mask)
+        return not any(isinstance(parameter, DTensor) for parameter in base.parameters())
 
 
 def alike_parts(mask: Tensor) -> list[tuple[Tensor, int]]:
@@ -163,10 +184,9 @@ def alike_parts(mask: Tensor) -> list[tuple[Tensor, int]]:
     ]
 
 
-def part_of(inputs: Mapping[str, Tensor | None], rows: Tensor, length: int) -> dict[str, Tensor]:
+def part_of(inputs: Mapping[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:
     """These rows of a batch, without what is padding in all of them."""
-    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-    return {name: tensor[rows, :length] for name, tensor in given.items()}
+    return {name: tensor[rows, :length] for name, tensor in inputs.items()}
 
 
 def of_alike(lengths: Sequence[int], call: int) -> list[int]:
