@@ -5,7 +5,7 @@ own path, by that of the module of experts, or by a name of `FORMER_NAMES`.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from typing import Any
 
@@ -330,11 +330,52 @@ def former_names(
         if present == {*group}:
             found |= present
         elif present and complete:
-            raise InputError(
-                f"target {min(present)} is one half of the stacked weights of experts, gate and up "
-                f"({stacks[0]}): name {min({*group} - present)} too"
-            )
+            raise _half(present, group, stacks[0])
     return found
+
+
+def _half(present: Collection[str], group: Collection[str], stack: str) -> InputError:
+    return InputError(
+        f"target {min(present)} is one half of the stacked weights of experts, gate and up "
+        f"({stack}): name {min({*group} - {*present})} too"
+    )
+
+
+def former_in(expression: str, stack: str) -> tuple[list[str], Sequence[str]]:
+    """Return the names in transformers 4 of a stack that a regular expression matches.
+
+    Args:
+        expression: for complete names, such as `.*experts\\.(gate|up)_proj`.
+        stack: its path, beside which these modules would be.
+
+    Returns:
+        Those of one entry of `FORMER_NAMES`, and the whole entry; both empty if it matches none.
+    """
+    owner, _, kind = stack.rpartition(".")
+    for group in FORMER_NAMES.get(kind, ()):
+        present = [name for name in group if re.fullmatch(expression, f"{owner}.{name}")]
+        if present:
+            return present, group
+    return [], ()
+
+
+def has_own_name(expression: str, stack: str) -> bool:
+    """Return True if a regular expression matches the path of a stack, or of its module."""
+    return any(re.fullmatch(expression, n) for n in (stack, stack.rpartition(".")[0]))
+
+
+def names_stack(expression: str, stack: str, *, complete: bool = False) -> bool:
+    """Return True if a regular expression names a stack, by its own name or the former ones.
+
+    Args:
+        complete: raise InputError for one half of a stack without the other.
+    """
+    if has_own_name(expression, stack):
+        return True
+    present, group = former_in(expression, stack)
+    if complete and len(present) < len(group):
+        raise _half(present, group, stack)
+    return bool(present) and len(present) == len(group)
 
 
 def matched_stacks(config: Any, model: nn.Module) -> list[str]:
@@ -344,7 +385,9 @@ def matched_stacks(config: Any, model: nn.Module) -> list[str]:
     if not stacks:
         return []
     probe = copy(config)
-    if not isinstance(targets, str):
+    if isinstance(targets, str):
+        probe.target_modules = {name for name in stacks if names_stack(targets, name)}
+    else:
         former = former_names(targets, stacks)
         kinds = {k for k, groups in FORMER_NAMES.items() for g in groups if former >= {*g}}
         probe.target_modules = {*targets} | kinds

@@ -8,7 +8,7 @@ entry of a list of layers, such as a decoder layer; see `is_stack`.
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -37,13 +37,16 @@ from petl.core.model.names import (
     TUTORIALS,
     candidate_names,
     expand_preset,
+    former_in,
     former_names,
+    has_own_name,
     in_layers,
     input_embedding,
     language_path,
     matched_stacks,
     model_type_of,
     names_of,
+    names_stack,
     patterns_of,
     refuse_experts,
     replicated,
@@ -138,11 +141,17 @@ def name_parameters(config: Any, model: nn.Module) -> None:
     routers = {n for n in routers if not is_linear(model.get_submodule(n))}
     stacks += [f"{name}.weight" for name in sorted(routers)]
     # names that PEFT would take for stacks, also for those that are excluded
-    if not stacks and renamed_targets(config, model).isdisjoint(config.target_modules):
-        return
-    targets, halves = config.target_modules, {*FORMER_NAMES["gate_up_proj"]}
+    targets, renamed = config.target_modules, renamed_targets(config, model)
     is_list = not isinstance(targets, str)
-    if stacks and any(is_list and {*group} <= {*targets} for group in halves):
+    # of a regular expression PEFT keeps the last parts of names alone, which are in all blocks
+    is_word = not is_list and targets.lower() == "all-linear"
+    if not stacks and (is_word or (renamed.isdisjoint(targets) if is_list else not renamed)):
+        return
+    if is_list:
+        doubles = any({*group} <= {*targets} for group in FORMER_NAMES["gate_up_proj"])
+    else:
+        doubles = any(_is_former(targets, stack, renamed) for stack in stacks)
+    if stacks and doubles:
         _double_rank(config)
     # PEFT adapts those that `target_parameters` names already
     given = tuple(f".{name}" for name in facts_of(config).target_parameters or ())
@@ -154,6 +163,19 @@ def name_parameters(config: Any, model: nn.Module) -> None:
         set_targets(config, model, names)
     else:
         config.target_modules = set()
+
+
+def _is_former(expression: str, stack: str, renamed: Collection[str]) -> bool:
+    """Return True if gate and up of transformers 4 are what an expression names of a stack.
+
+    Where it is the stack's own name too, such as in `.*_proj`, PEFT takes those that it renames.
+    """
+    present, group = former_in(expression, stack)
+    if len(group) < 2 or len(present) < len(group):
+        return False
+    owner = stack.rpartition(".")[0]
+    named = has_own_name(expression, stack)
+    return not named or (renamed >= {*group} and not re.fullmatch(expression, owner))
 
 
 def _double_rank(config: LoraConfig) -> None:
@@ -232,12 +254,16 @@ def check_targets(config: Any, model: nn.Module, *, no_experts: str = NO_EXPERTS
     stacks = [] if no_experts else replicated(config, model, stack_names(model))
     if isinstance(targets, str):
         try:
-            matches = any(re.fullmatch(targets, name) for name in (*names, *stacks))
+            matches = [each for each in stacks if names_stack(targets, each, complete=True)]
+            matches += [name for name in names if re.fullmatch(targets, name)]
         except re.error as error:
             raise InputError(
                 f"target_modules={targets!r} is not a regular expression: {error}"
             ) from error
         if not matches:
+            named = [n for n in stack_names(model) if no_experts and names_stack(targets, n)]
+            if named:
+                raise _adapts_none(targets, named[0], no_experts)
             raise _no_match(targets, names, words=(*PRESETS, "all-linear"))
         refuse_experts([targets], model, no_experts)
     else:
@@ -282,13 +308,17 @@ def _check_unknown(
     for target in unknown:
         if not (stacks and no_experts) or target not in of_stacks | former:
             raise _no_match(target, names)
-    error = UnsupportedError(
-        f"target {', '.join(unknown)} names projections of stacked experts ({stacks[0]}): "
-        f"{no_experts}, or name linear layers, as block-linear does"
-    )
+    error = _adapts_none(", ".join(unknown), stacks[0], no_experts)
     if not has_others:
         raise error
     logger.warning("%s", error)
+
+
+def _adapts_none(target: str, stack: str, no_experts: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"target {target} names projections of stacked experts ({stack}): {no_experts}, or name "
+        "linear layers, as block-linear does"
+    )
 
 
 def matched_names(config: Any, model: nn.Module) -> list[str]:

@@ -134,19 +134,45 @@ def trained_names(model) -> set[str]:
     return {name.removeprefix("base_model.model.") for name in names}
 
 
-@pytest.mark.parametrize("targets", ["all-linear", SEVEN, ["q_proj", "gate", "down_proj"]])
+EXPRESSIONS = [
+    r".*\.(gate_proj|up_proj|down_proj)",
+    r".*(q_proj|gate_proj|up_proj)$",
+    r".*\.experts\..*_proj",
+    ".*_proj",
+    r".*\.mlp\.(gate|experts\.down_proj)",
+]
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", SEVEN, ["q_proj", "gate", "down_proj"], *EXPRESSIONS]
+)
 def test_the_targets_of_peft_mean_the_same(targets):
     base = qwen3_moe()
     theirs = peft.get_peft_model(
         copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=copy.copy(targets))
     )
     ours = petl.wrap(base, "lora", r=2, target_modules=copy.copy(targets))
-    assert trained_names(ours) == trained_names(theirs)
+    shapes = {n: p.shape for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {n: p.shape for n, p in ours.named_parameters() if p.requires_grad} == shapes
     state = {n: torch.randn_like(t) for n, t in theirs.named_parameters() if "lora_" in n}
     for model in (ours, theirs):
         model.load_state_dict(state, strict=False)
     ids = torch.arange(8)[None]
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+def test_an_expression_for_one_block_adapts_that_block_alone(method):
+    fields = FIELDS.get(method, {})
+    for targets in (r"model\.layers\.1\.self_attn\.q_proj", r".*\.1\..*\.(gate|up)_proj"):
+        model = petl.wrap(qwen3_moe(), method, r=2, target_modules=targets, **fields)
+        assert {name.split(".")[2] for name in trained_names(model)} == {"1"}
+
+
+def test_an_expression_for_experts_alone_has_the_rank_that_is_given():
+    model = petl.wrap(qwen3_moe(), "lora", r=2, target_modules=".*experts$")
+    ranks = {p.shape[0] for n, p in model.named_parameters() if "lora_A" in n}
+    assert ranks == {4 * 2}  # of four experts
 
 
 def test_the_names_of_tutorials_may_be_more_than_the_model_has(caplog):
@@ -163,11 +189,16 @@ def test_the_names_of_tutorials_may_be_more_than_the_model_has(caplog):
 @pytest.mark.parametrize(("half", "other"), [("gate_proj", "up_proj"), ("w3", "w1")])
 def test_one_half_of_a_stack_is_refused(method, half, other):
     with pytest.raises(InputError, match=f"{half} is one half of .*: name {other} too"):
+        petl.wrap(qwen3_moe(), method, target_modules=rf".*\.({half}|q_proj)")
+    with pytest.raises(InputError, match=f"{half} is one half of .*: name {other} too"):
         petl.wrap(qwen3_moe(), method, target_modules=[half, "q_proj"])
 
 
 @pytest.mark.parametrize("method", ["loha", "dora", "adapter", "corda"])
-@pytest.mark.parametrize("targets", ["experts", ["experts"], ["gate_up_proj"], r".*\.experts"])
+@pytest.mark.parametrize(
+    "targets",
+    ["experts", ["experts"], ["gate_up_proj"], r".*\.experts", r".*\.gate_up_proj", r".*\.w[123]"],
+)
 def test_a_method_without_experts_says_so_before_anything_changes(method, targets):
     base = qwen3_moe()
     ids = torch.arange(8)[None]
