@@ -1,5 +1,6 @@
 """The base model of a check, with the adapter: what becomes of it. Imports torch."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from petl.adapters.check.findings import NotCheckedError
-from petl.adapters.check.folder import CONFIG, PREFIX, WEIGHTS, Subject, module_of
+from petl.adapters.check.folder import PREFIX, WEIGHTS, Subject, module_of
 from petl.adapters.export.checked_folder import adapted_outputs
 from petl.adapters.export.saved_adapter import SavedAdapter, device, model_in
 from petl.core.adapter_folder import Folder
@@ -95,10 +96,8 @@ def load(subject: Subject) -> Loaded:
     """Load the base that was given, and the adapter on it.
 
     Raises:
-        NotCheckedError: the config does not say which class of model it is.
+        NotCheckedError: nothing says which class of model it is, or the base cannot be loaded.
     """
-    if not subject.config.get("task_type"):
-        raise NotCheckedError(f"{CONFIG} has no task_type: the class of the base is not known")
     if not subject.has(WEIGHTS):
         raise NotCheckedError(f"{subject.name} has no {WEIGHTS}")
     source = Folder(subject.folder)
@@ -110,14 +109,17 @@ def load(subject: Subject) -> Loaded:
     base = str(subject.base)
     settings = model_in(Path(base)) if Path(base).is_dir() else {"name": base, "source": "hub"}
     saved = SavedAdapter(subject.folder, None, {"model": settings}, other_base=True)
-    model = saved.base().eval()
+    try:
+        model = saved.base().eval()
+    except InputError as error:
+        raise NotCheckedError(str(error)) from error
     file = subject.folder / WEIGHTS
     present = fingerprint(model)
     try:
         found = check_file(model, config, file)
     except InputError as error:
         return Loaded(saved, str(error), trained_on, "", "", [], None, [])
-    below = {module_of(name[: name.rindex(".lora_")]) for name in found if ".lora_" in name}
+    below = {module_of(re.split(r"\.(?:lora_|petl_\w+_adapters)", name)[0]) for name in found}
     adapted = {k: v for k, v in trained_on.items() if k.rpartition(".")[0] in below}
     return Loaded(
         saved,

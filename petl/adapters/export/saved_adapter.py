@@ -134,7 +134,7 @@ class SavedAdapter:
             return saved
         if self.data_if_any is not None:
             return self.data_if_any.task
-        task_type = str(self.config.task_type)
+        task_type = str(self.config.task_type or self._type_of_base())
         if task_type == "CAUSAL_LM":
             return CausalLM(max_length=TOKENS)
         if task_type == "SEQ_2_SEQ_LM":
@@ -152,8 +152,20 @@ class SavedAdapter:
         raise InputError(
             f"{self.adapter} has task_type={self.config.task_type}, which does not determine the "
             "class of the model; supported: "
-            f"{', '.join((*CLASSIFIERS, *OTHERS))}"
+            f"{', '.join((*CLASSIFIERS, *OTHERS))}: write it into "
+            "adapter_config.json"
         )
+
+    def _type_of_base(self) -> str:
+        """Return the task type by the class that the base model was saved from; "": another."""
+        source = read_source(self.settings["model"])
+        with loading(source):
+            config = source.config()
+        kind = (config.architectures or [""])[0]
+        if kind.endswith("ForCausalLM"):
+            return "CAUSAL_LM"
+        is_writer = kind.endswith("ForConditionalGeneration") and config.is_encoder_decoder
+        return "SEQ_2_SEQ_LM" if is_writer else ""
 
     @cached_property
     def saved_task(self) -> Task:

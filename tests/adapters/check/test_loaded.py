@@ -60,6 +60,21 @@ def test_a_base_with_other_weights_below_the_adapter_is_an_error(saved, tmp_path
     assert "1 of 12 tensors" in next(f.what for f in checked if f.id == "base.adapted")
 
 
+def test_the_base_says_its_class_where_the_adapter_does_not(saved, tmp_path):
+    folder = saved()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": None}))
+    seal(folder)
+    assert petl.check(folder, base=folders.base()).ok
+    assert ids(petl.check(folder, base=base_of(tmp_path, seed=1))) >= {"base.adapted"}
+
+
+def test_weights_below_a_method_of_petl_are_compared_too(tmp_path):
+    model = petl.wrap(folders.tiny(), "mola", task_type="CAUSAL_LM", target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    assert ids(petl.check(tmp_path / "adapter", base=base_of(tmp_path, seed=1))) >= {"base.adapted"}
+
+
 def test_a_file_that_was_changed_is_a_finding_beside_a_base_too(saved):
     folder = saved()
     save_file({k: 2 * v for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
