@@ -32,6 +32,7 @@ from petl.core.model.targets import (
     resolve_targets,
     target_shapes,
 )
+from petl.core.model.undo import undone_on_error
 from petl.core.parameters import check_module, quantization_of, within_memory
 from petl.core.refusals import refuse_adapted
 from petl.core.spec.checks import check_adapter_name, check_rank
@@ -236,21 +237,8 @@ def wrap(
     refuse_other_kinds(model, config)
     refuse_quantized(model, config)
     digests = fingerprint(model)  # some initializations change the base weights
-    finish = entry.calibrate(WrapContext(model, config, adapter_name, calibration))
-    try:
-        memory = f"an adapter of method {entry.name!r}", "lower its size, or adapt fewer modules"
-        with without_noise(), adjustments_refused(), within_memory(*memory):
-            # a UserWarning is raised here, too, for a value that PEFT would replace
-            wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-    except Exception as error:  # PEFT's methods have errors of any type for a wrong value
-        # a NotImplementedError is transformers', of a model without an embedding of tokens
-        is_own = entry.own and not isinstance(error, UserWarning | NotImplementedError)
-        if is_own or isinstance(error, InputError):  # messages of petl need no context
-            raise
-        reason = first_line(error)
-        raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
-    if finish is not None:
-        finish(wrapped)
+    with undone_on_error(model):
+        wrapped = _adapted(entry, config, model, adapter_name, calibration)
     apply_peft_fixes(wrapped, refusal(config, Capability.MIXED_BATCH))
     enable_switching(wrapped)
     remember_base(wrapped, digests)
@@ -269,6 +257,36 @@ def wrap(
     adapts_experts = not entry.lacking(Capability.EXPERTS, config)
     is_chosen = entry.own and given is None
     log_coverage(wrapped, given, is_chosen=is_chosen, adapts_experts=adapts_experts)
+    return wrapped
+
+
+def _adapted(
+    entry: Method,
+    config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str,
+    calibration: Calibration | None,
+) -> PeftModel:
+    """Return the model with an adapter, whose settings were checked.
+
+    Raises:
+        InputError: PEFT's tuner refuses a value; the model then is half changed.
+    """
+    finish = entry.calibrate(WrapContext(model, config, adapter_name, calibration))
+    try:
+        memory = f"an adapter of method {entry.name!r}", "lower its size, or adapt fewer modules"
+        with without_noise(), adjustments_refused(), within_memory(*memory):
+            # a UserWarning is raised here, too, for a value that PEFT would replace
+            wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+    except Exception as error:  # PEFT's methods have errors of any type for a wrong value
+        # a NotImplementedError is transformers', of a model without an embedding of tokens
+        is_own = entry.own and not isinstance(error, UserWarning | NotImplementedError)
+        if is_own or isinstance(error, InputError):  # messages of petl need no context
+            raise
+        reason = first_line(error)
+        raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
+    if finish is not None:
+        finish(wrapped)
     return wrapped
 
 
