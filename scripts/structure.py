@@ -26,21 +26,21 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3760,
+    "system": 3780,
     "ops": 3480,
-    "core": 14050,
+    "core": 14200,
     "efficiency": 8880,
-    "data": 16740,
-    "training": 16640,
+    "data": 16960,
+    "training": 16690,
     "methods": 19450,
     "adapters": 9150,
     "generation": 7500,
     "experiments": 7150,
-    "cli": 4500,
+    "cli": 4540,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14820, "tests": 82920}
+OTHERS = {"scripts": 14820, "tests": 83100}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -366,12 +366,12 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("annotations with Any", share_of_any(), 0.0374),
         Figure("hooks of Method that methods have", len(hooks()), 25),
         Figure("other names of core that methods override", len(overridden_besides()), 29),
-        Figure("guards", matches(GUARD), 228),
+        Figure("guards", matches(GUARD), 230),
         Figure("kinds of refusal", len(refusals()), 3),
         Figure("flags of configs by getattr", matches(FLAG), 15),
         Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
         Figure("cycles between files", len(cycles()), 0),
-        Figure("longest chain of imports", len(longest_chain()), 15),
+        Figure("longest chain of imports", len(longest_chain()), 16),
         Figure("docstrings, of public names", counted.documented / counted.public, 0.9, False),
         Figure("comments a code line", counted.comments / counted.code_lines, 0.0755, False),
         Figure("messages with a value", counted.with_value / counted.raised, 0.95, False),
