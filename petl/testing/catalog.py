@@ -77,7 +77,7 @@ def merging(case: Case) -> bool:
 
 def of_transformers(case: Case) -> bool:
     """Checks of what transformers' models have: checkpointing, `from_pretrained`."""
-    return isinstance(case.tiny.base(), PreTrainedModel)
+    return isinstance(case.tiny.original(), PreTrainedModel)
 
 
 def on_llama(case: Case) -> bool:

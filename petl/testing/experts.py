@@ -68,7 +68,7 @@ def separated(model: nn.Module) -> Any:
 
 def on_experts(case: Case) -> bool:
     """Checks for methods registered with `petl.register` that adapt experts, on a model of them."""
-    has_experts = bool(stack_names(case.base()))
+    has_experts = bool(stack_names(case.tiny.original()))
     return has_experts and own(case) and not refusal(case.config(), Capability.EXPERTS)
 
 

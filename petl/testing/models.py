@@ -381,7 +381,11 @@ class TinyModel:
     def base(self) -> PreTrainedModel:
         """Return a new copy of the model, in eval mode."""
         # copying is faster than building
-        return deepcopy(_built(self.build))
+        return deepcopy(self.original())
+
+    def original(self) -> PreTrainedModel:
+        """Return the model that is copied, to look at its parts."""
+        return _built(self.build)
 
     def batch(self, rows: int = 4, seed: int = 0) -> Batch:
         """Return model inputs with labels."""
