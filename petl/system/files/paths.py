@@ -3,7 +3,9 @@
 import hashlib
 import os
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,15 +139,22 @@ def config_dir() -> Path:
 def method_preset(name: str) -> dict[str, Any]:
     """Return the values in configs/method/NAME.yaml of petl; {} if there is no such file."""
     file = config_dir() / "method" / f"{name}.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return deepcopy(_parsed(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def recipes_of(name: str) -> list[dict[str, Any]]:
     """Return the fields that each recipe over method NAME sets, such as conformer over adapter."""
     files = sorted((config_dir() / "method").glob("*.yaml"))
-    found = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
-    over = [each for each in found if f"{name}@method" in each.get("defaults", ())]
-    return [each.get("method", {}) for each in over]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    word = f"{name}@method"
+    found = [deepcopy(_parsed(text)) for text in texts if word in text]
+    return [each.get("method", {}) for each in found if word in each.get("defaults", ())]
+
+
+@cache
+def _parsed(text: str) -> dict[str, Any]:
+    """The values in a YAML file; each time a config is built its method's are asked for."""
+    return yaml.safe_load(text)
 
 
 @dataclass(frozen=True)
