@@ -6,7 +6,7 @@ Shapes: I in, O out.
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from petl.methods.corda.cache import (
 )
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.covariance import Covariance, collect, leaders
+from petl.methods.corda.experts import by_stack
+from petl.ops.expert_linear import ExpertLinear
 from petl.system import collectives as distributed
 
 logger = logging.getLogger(__name__)
@@ -64,11 +66,14 @@ class CalibrationPasses:
         """
         if self.batches is None:
             return {key: key for key in layers}
+        # experts read rows of their own
+        apart = {key for key, layer in layers.items() if isinstance(layer, ExpertLinear)}
+        shared = {key: layer for key, layer in layers.items() if key not in apart}
         # one batch is enough: data do not change which tensors modules share
         first = next(iter(self.batches), None)
         if first is None:
             raise InputError("calibration has no batches; pass at least one")
-        return leaders(self.model, layers, [first])
+        return leaders(self.model, shared, [first]) | {key: key for key in sorted(apart)}
 
 
 class Covariances:
@@ -152,19 +157,21 @@ class Covariances:
         config, bound = self.config, self.config.max_covariance_bytes or math.inf
         found: list[list[str]] = [[]]
         used = 0
-        for key in dict.fromkeys(leader_of.values()):
-            width = weight_of(self.layers[key]).shape[1]
-            size = width * width * config.dtype.itemsize * config.num_covariance_rounds
+        # those of a stack together, where one may take the mean of the others
+        for where, keys in by_stack(dict.fromkeys(leader_of.values())).items():
+            width = weight_of(self.layers[keys[0]]).shape[1]
+            each = width * width * config.dtype.itemsize * config.num_covariance_rounds
+            size = each * len(keys)
             if size > bound:
                 raise InputError(
-                    f"max_covariance_bytes={bound} is below the {size} bytes that {key} needs; set "
-                    f"it to at least {size}"
+                    f"max_covariance_bytes={bound} is below the {size} bytes that {where} needs; "
+                    f"set it to at least {size}"
                 )
             # filling in model order keeps layers of one block together
             if used + size > bound:
                 found.append([])
                 used = 0
-            found[-1].append(key)
+            found[-1] += keys
             used += size
         return found
 
@@ -187,7 +194,7 @@ class Covariances:
                 dtype=config.dtype,
                 rounds=config.num_covariance_rounds,
             )
-            check_reached(found)
+            fill_unmet(found, check_reached(found))
             for some in by_process_count(group):
                 # pop: frees each local matrix as soon as it is reduced
                 reduced = {key: [c.over_processes() for c in found.pop(key)] for key in some}
@@ -291,14 +298,48 @@ def with_followers(leader_of: Mapping[str, str], found: Mapping[str, list[Covari
     return [(key, found[leader]) for key, leader in leader_of.items() if leader in found]
 
 
-def check_reached(found: Mapping[str, list[Covariance]]) -> None:
-    """Raise InputError if a layer had no sample in any process."""
+def check_reached(found: Mapping[str, list[Covariance]]) -> set[str]:
+    """Return the experts without a sample in any process, where others of their stack have some.
+
+    Raises:
+        InputError: a layer, or all experts of a stack, had none.
+    """
     # a process may legitimately have no samples
     counts = distributed.gathered({key: sum(c.samples for c in found[key]) for key in found})
-    missed = [key for key in found if not any(count[key] for count in counts)]
+    unmet = {key for key in found if not any(count[key] for count in counts)}
+    missed = [where for where, keys in by_stack(found).items() if unmet >= {*keys}]
     if missed:
         more = f" and {len(missed) - SHOWN} more" if len(missed) > SHOWN else ""
         raise InputError(
             f"the calibration data never reach {', '.join(missed[:SHOWN])}{more}; "
             "leave them out with exclude_modules, or calibrate on other data"
         )
+    return unmet
+
+
+def fill_unmet(found: dict[str, list[Covariance]], unmet: Collection[str]) -> None:
+    """Give experts that no token meets the mean of the others of their stack; the log says it."""
+    for where, keys in by_stack(found).items():
+        own = [key for key in keys if key in unmet]
+        if not own:
+            continue
+        logger.warning(
+            "CorDA: the calibration data meet %d of %d experts of %s: the others are oriented by "
+            "the mean of these; use more data to give each its own",
+            len(keys) - len(own),
+            len(keys),
+            where,
+        )
+        pooled = [mean_of(each) for each in zip(*(found[key] for key in keys), strict=True)]
+        for key in own:
+            found[key] = list(pooled)
+
+
+def mean_of(covariances: Sequence[Covariance]) -> Covariance:
+    """Return the mean over the samples of several covariances."""
+    samples = sum(each.samples for each in covariances)
+    merged = Covariance(torch.zeros_like(covariances[0].matrix), samples)
+    for each in covariances:
+        merged.matrix += each.matrix * (each.samples / max(1, samples))
+        merged.tokens += each.tokens
+    return merged

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from petl.core.compat import get_pattern_key
+from petl.core.experts.linears import stack_of
 from petl.core.spec.checks import rank_of
 from petl.core.spec.config import config_field, require
 from petl.core.types import Record
@@ -29,7 +30,6 @@ REQUIRED_DEFAULTS = {  # fields of LoraConfig that would have no effect, or be w
     "use_qalora": False,
     "alora_invocation_tokens": None,
     "layer_replication": None,  # would share one residual base weight
-    "target_parameters": None,
     "trainable_token_indices": None,
 }
 
@@ -114,14 +114,14 @@ class CordaConfig(LoraConfig):
         return DTYPES[self.covariance_dtype]
 
     def rank_of(self, key: str) -> int:
-        """The rank of the module at path `key`."""
-        return rank_of(self, key, self.r)
+        """The rank of the module, or of the expert, at path `key`."""
+        return rank_of(self, stack_of(key), self.r)
 
     def scale_of(self, key: str) -> float:
         """The factor of B A in the module at path `key`, as PEFT computes it."""
         # as PEFT matches patterns, so that factors fit its scaling
         alphas, rank = self.alpha_pattern or {}, self.rank_of(key)
-        alpha = alphas.get(get_pattern_key(list(alphas), key), self.lora_alpha)
+        alpha = alphas.get(get_pattern_key(list(alphas), stack_of(key)), self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> Record:

@@ -7,7 +7,7 @@ only: `X` [T, I]. C = mean over samples of (X / m)^T (X / m), with m the sample'
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from petl.core.layers.layer import shape_of
 from petl.core.masks import Tokens, tokens_of
 from petl.core.model.modes import run_over
 from petl.core.types import Calibration
+from petl.methods.corda.experts import Seen, reading, scaled_rows
 from petl.methods.corda.oriented import DampedInverse
 from petl.system import collectives as distributed
 
@@ -44,10 +45,13 @@ class Covariance:
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """Add scaled samples x [B, T, I], which are zero where the mask [B, T] is zero."""
-        rows = len(x)
+        tokens = x.shape[0] * x.shape[1] if mask is None else mask.sum()
+        self.add_rows(x.flatten(0, 1), len(x), tokens)
+
+    def add_rows(self, flat: Tensor, rows: int, tokens: int | Tensor) -> None:
+        """Add the scaled rows [N, I] of a number of samples, with this many tokens."""
         self.samples += rows
-        self.tokens += x.shape[0] * x.shape[1] if mask is None else mask.sum()
-        flat = x.flatten(0, 1)
+        self.tokens += tokens
         with torch.autocast(flat.device.type, enabled=False):  # the caller's may use bfloat16
             product = flat.t() @ flat
         # a running mean stays in range, also in float16
@@ -155,7 +159,9 @@ def first_input(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
 
 def empty(layer: nn.Module, dtype: torch.dtype) -> Covariance:
     """A covariance of zero samples for the inputs of a layer, on the layer's device."""
-    width, device = shape_of(layer).in_features, next(layer.parameters()).device
+    # the layer of an expert has no tensors of its own
+    weight: Any = layer.weight
+    width, device = shape_of(layer).in_features, weight.device
     return Covariance(torch.zeros(width, width, dtype=dtype, device=device))
 
 
@@ -197,15 +203,35 @@ def collect(
 
         return hook
 
-    handles = [model.register_forward_pre_hook(tokens.begin, with_kwargs=True)]
+    passed = [0, 0]  # samples before this pass of the model, and with it
+
+    def count(model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
+        tokens.begin(model, args, kwargs)
+        passed[:] = passed[1], passed[1] + tokens.rows
+
+    def read(expert: Seen) -> None:
+        rows = scaled_rows(expert, norm).to(torch.promote_types(dtype, torch.float32))
+        add_rows(found[expert.path], rows, first + step * (passed[0] + expert.sample))
+
+    handles = [model.register_forward_pre_hook(count, with_kwargs=True)]
     get_encoder = getattr(model, "get_encoder", None)
     if tokens.in_decoder and get_encoder is not None:
         handles.append(get_encoder().register_forward_hook(tokens.note_encoded))
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
-    run_over(model, data, handles)
+    with reading(layers, tokens.samples, read):
+        run_over(model, data, handles)
     tokens.warn(layers)
     return found
+
+
+def add_rows(covariances: Sequence[Covariance], rows: Tensor, samples: Tensor) -> None:
+    """Add scaled rows [N, I] of the samples with these global numbers, each to its round."""
+    for number, covariance in enumerate(covariances):
+        mine = samples % len(covariances) == number
+        own = rows[mine]
+        if len(own):
+            covariance.add_rows(own, len(samples[mine].unique()), len(own))
 
 
 def leaders(model: nn.Module, layers: Mapping[str, nn.Module], data: Calibration) -> dict[str, str]:

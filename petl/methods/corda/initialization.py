@@ -3,6 +3,7 @@
 import heapq
 import logging
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,16 +11,28 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from petl.core.compat import refused_names
+from petl.core.experts.linears import stack_of
+from petl.core.experts.lora import check_stacks
+from petl.core.experts.stacks import stacks_of
 from petl.core.method import WrapContext
 from petl.core.model.linear import LINEAR_KINDS
-from petl.core.model.targets import matched_names, resolve_targets, set_targets, without
+from petl.core.model.names import check_parameters
+from petl.core.model.targets import (
+    matched_names,
+    name_parameters,
+    resolve_targets,
+    set_targets,
+    without,
+)
 from petl.core.parameters import shared_weights
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.methods.corda.calibration import Covariances, weight_of
 from petl.methods.corda.config import CordaConfig
 from petl.methods.corda.decompose import Decomposer, LayerComponents
+from petl.methods.corda.experts import expert_layers
 from petl.methods.corda.oriented import balanced, truncated
 
+KINDS = "CorDA supports nn.Linear, Conv1D, and experts"
 QUANTIZED = "CorDA needs full-precision weights; leave model.quantization unset"
 
 
@@ -64,16 +77,33 @@ def initialize(c: WrapContext[CordaConfig]) -> None:
 
 def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     """The layers to adapt by name, after all checks that need no data."""
+    check_parameters(config, model)
     if config.target_modules is None:  # PEFT's default table has query and value only
-        config.target_modules = "block-linear"
-    resolve_targets(config, model, words=("all-linear",))  # as for petl's own methods
+        config.target_modules = set() if config.target_parameters else "block-linear"
+    no_experts = without_experts(config)
+    # as for petl's own methods
+    resolve_targets(config, model, words=("all-linear",), no_experts=no_experts)
     names = matched_names(config, model)
+    if not no_experts:
+        name_parameters(config, model)
+    check_stacks(config, model, no_experts)
+    stacks = [f"{each.path}.{each.name}" for each in stacks_of(config, model)]
+    for given in config.target_parameters or ():
+        if not any(f".{stack}".endswith(f".{given}") for stack in stacks):
+            raise ModuleKindError(f"target_parameters: {given} is no stack of experts; {KINDS}")
     # the LoRA that is saved could not be loaded
-    refused = refused_names(LoraConfig(target_modules=names), model, names)
+    refused = {} if not names else refused_names(LoraConfig(target_modules=names), model, names)
     if refused:
         names = without(model, names, refused, logging.WARNING)
         set_targets(config, model, names)
     found = {key: model.get_submodule(key) for key in names}
+    found |= expert_layers(model, stacks)
+    check_layers(model, config, found)
+    return found
+
+
+def check_layers(model: nn.Module, config: CordaConfig, found: Mapping[str, nn.Module]) -> None:
+    """Raise InputError for a layer, by name, whose weight cannot be split."""
     # subtracting from a tied weight would change both modules
     twins = shared_weights(model)
     for key, layer in found.items():
@@ -81,9 +111,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
         if is_quantized(weight):
             raise UnsupportedError(f"{key} is quantized; {QUANTIZED}")
         if not isinstance(layer, LINEAR_KINDS):
-            raise ModuleKindError(
-                f"{key} is {type(layer).__name__}; CorDA supports nn.Linear and Conv1D"
-            )
+            raise ModuleKindError(f"{key} is {type(layer).__name__}; {KINDS}")
         if key in twins:
             raise InputError(
                 f"{key} shares its weight with {twins[key]}, which CorDA would change as well; "
@@ -92,10 +120,16 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
         limit = min(weight_of(layer).shape)
         if config.rank_of(key) > limit:
             raise InputError(
-                f"r={config.rank_of(key)} is above {limit}, the smaller side of {key}; use a "
-                "smaller r, or set one for this layer in rank_pattern"
+                f"r={config.rank_of(key)} is above {limit}, the smaller side of {stack_of(key)}; "
+                "use a smaller r, or set one for this layer in rank_pattern"
             )
-    return found
+
+
+def without_experts(config: CordaConfig | None) -> str:
+    """Return why it adapts no experts with this config; "": it does."""
+    if config is None or config.rank_budget is None:
+        return ""
+    return "rank_budget gives each layer a rank, and the experts of a stack share one; use r"
 
 
 def is_quantized(weight: object) -> bool:

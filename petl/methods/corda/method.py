@@ -13,6 +13,10 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import BaseTunerLayer, LoraConfig, LoraLayer, renamed_targets
+from petl.core.experts.layout import experts_of
+from petl.core.experts.linears import paths_of_experts, stack_of
+from petl.core.experts.lora import FusedExperts
+from petl.core.experts.stacks import has_sides_swapped, saved_factors
 from petl.core.method import (
     AdapterSet,
     Method,
@@ -29,7 +33,12 @@ from petl.core.support import BASES, Capability
 from petl.efficiency.fused_lora.switching import SwitchingLora
 from petl.errors import InputError
 from petl.methods.corda.config import CordaConfig
-from petl.methods.corda.initialization import QUANTIZED, InitialFactors, initialize
+from petl.methods.corda.initialization import (
+    QUANTIZED,
+    InitialFactors,
+    initialize,
+    without_experts,
+)
 from petl.methods.families.conversion import set_refusal
 from petl.system.files.tensor_file import check_finite
 
@@ -42,8 +51,6 @@ IS_LORA = (
 # Both relative to the largest entry; assumptions, above the rounding of half precision and float32.
 LARGE = 1e-2  # error of the split weights that is logged as a warning
 SAME = 1e-5  # difference up to which two initializations count as equal
-# of each factor: its name, the dimension of the rank, the sign of its initial value in a file
-FACTORS = (("lora_A", 0, 1.0), ("lora_B", 1, -1.0))
 
 
 @register
@@ -71,7 +78,7 @@ class Corda(Method[CordaConfig, Any]):
     )
     paper = "Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation, arXiv:2406.05223"
     lacks = {
-        Capability.EXPERTS: "CorDA splits the weights of linear layers, and no stacks of experts",
+        Capability.EXPERTS: without_experts,
         Capability.NEW_TOKENS: "its export holds the updates of linear layers alone",
         Capability.RANKS: "it distributes ranks itself, by rank_budget",
         **dict.fromkeys(BASES, QUANTIZED),
@@ -115,18 +122,24 @@ class Corda(Method[CordaConfig, Any]):
         initial, new.config.initial = new.config.initial, None  # configs are copied and saved
         # PEFT shortens names, and would take `down_proj` of the saved LoRA for that of experts
         if renamed_targets(LoraConfig(), new.model) & {*(new.config.target_modules or ())}:
-            new.config.target_modules = list(initial)
+            new.config.target_modules = [key for key in initial if stack_of(key) == key]
         layers = {
             path: module
             for path, module in new.model.named_modules()
             if isinstance(module, LoraLayer) and new.name in module.lora_A
         }
-        sizes = {}
+        sizes, kept = {}, {}
         for path, layer in layers.items():
+            keys = keys_of(path, layer)
+            # experts without a computation, which LongCat-Flash has weights for
+            none = initial[keys[0]]._replace(A=0 * initial[keys[0]].A, B=0 * initial[keys[0]].B)
+            kept[path] = layer, [initial.get(key, none) for key in keys]
             # a dry run has no weights to split
-            if not initial[path].A.is_meta:
-                initial[path], sizes[path] = split(layer, new.name, initial[path])
-        new.kept[new.name] = {path: (layer, initial[path]) for path, layer in layers.items()}
+            if not kept[path][1][0].A.is_meta:
+                own, of_layer = split(layer, new.name, kept[path][1])
+                kept[path] = layer, own
+                sizes |= dict(zip(keys, of_layer, strict=True))
+        new.kept[new.name] = kept
         set_refusal(layers.values(), new.name, IS_LORA)
         if sizes:
             log_split(sizes)
@@ -138,9 +151,9 @@ class Corda(Method[CordaConfig, Any]):
             # a merged weight has the trained update, too
             if layer.merged:
                 layer.unmerge()
-            base = layer.get_base_layer()
-            if not base.weight.is_meta:
-                base.weight.copy_(float32_copy(base.weight) + update_of(base, initial))
+            for weight, own in zip(weights_of(layer), initial, strict=True):
+                if not weight.is_meta:
+                    weight.copy_(float32_copy(weight) + update_of(weight, own))
 
     @torch.no_grad()
     def heat_maps(self, t: TrainContext[CordaConfig, Any]) -> list[HeatMap]:
@@ -148,15 +161,19 @@ class Corda(Method[CordaConfig, Any]):
         changes, spectra = {}, {}
         for name in t.names:
             for path, (layer, initial) in t.kept[name].items():
-                base = layer.get_base_layer()
+                weights, parts = weights_of(layer), []
                 # a shard of FSDP2 has no norm of the complete weight
-                if isinstance(base.weight, DTensor):
+                if any(isinstance(weight, DTensor) for weight in weights):
                     continue
-                start, update = update_of(base, initial), layer.get_delta_weight(name)
-                weight = float32_copy(base.weight) + start
-                changes[path] = 100 * float((update - start).norm() / weight.norm())
-                if initial.spectrum is not None:
-                    spectra[path] = initial.spectrum
+                factors = factors_of(layer, name)
+                for weight, own, (A, B) in zip(weights, initial, factors, strict=True):
+                    start = update_of(weight, own)
+                    change = update_of(weight, own._replace(A=A, B=B)) - start
+                    whole = float32_copy(weight) + start
+                    parts.append(100 * float(change.norm() / whole.norm()))
+                changes[path] = sum(parts) / len(parts)
+                if initial[0].spectrum is not None:
+                    spectra[path] = torch.stack([each.spectrum for each in initial]).mean(0)
         title, unit = "Change of the weights", "norm of the update, % of the weight's"
         changed = of_layers(t.model, changes, CHANGES, title, unit, MEANING)
         return [*spectrum_map(t.model, spectra), *changed]
@@ -165,8 +182,9 @@ class Corda(Method[CordaConfig, Any]):
 
     def pack(self, saved: AdapterSet[CordaConfig, Any], tensors: Tensors) -> Tensors:
         """A' = [A; A0] and B' = [B, -B0]: the LoRA of twice the rank on the original weights."""
-        for key, dim, initial in halves(saved, f".{saved.name}"):
-            tensors[key] = torch.cat([tensors[key], initial.to(tensors[key])], dim)
+        for key, experts, initial in halves(saved, f".{saved.name}"):
+            both = [by_expert(tensors[key], experts), initial.to(tensors[key])]
+            tensors[key] = joined(torch.cat(both, 1), experts)
         return tensors
 
     def unpack(self, saved: AdapterSet[CordaConfig, Any], tensors: Tensors) -> Tensors:
@@ -176,20 +194,23 @@ class Corda(Method[CordaConfig, Any]):
             InputError: the other half differs from this model's initial factors.
         """
         check_finite(tensors, "the adapter file")
-        for key, dim, initial in halves(saved):
+        for key, experts, initial in halves(saved):
             tensor = tensors.get(key)
             if tensor is None:  # PEFT warns
                 continue
-            rank = initial.shape[dim]
-            size = min(rank, tensor.shape[dim])  # a file of another rank must not fail here
-            second = tensor.narrow(dim, tensor.shape[dim] - size, size)
-            if tensor.shape[dim] != 2 * rank or not is_close(second.to(initial), initial):
+            rank = initial.shape[1]
+            # a file of another rank must not fail here
+            fits = experts == 0 or len(tensor) == 2 * rank * experts
+            parts = by_expert(tensor, experts) if fits else tensor
+            size = min(rank, parts.shape[1])
+            second = parts.narrow(1, parts.shape[1] - size, size)
+            if parts.shape[1] != 2 * rank or not is_close(second.to(initial), initial):
                 raise InputError(
                     f"{key} was saved with other initial factors than this model's; load the file "
                     "onto the original model, or repeat the initialization: same calibration "
                     "data, same number of processes (method.factors_cache stores the factors)"
                 )
-            tensors[key] = tensor.narrow(dim, 0, rank)
+            tensors[key] = joined(parts.narrow(1, 0, rank), experts)
         return tensors
 
 
@@ -218,26 +239,71 @@ def spectrum_map(model: nn.Module, spectra: Mapping[str, Tensor]) -> list[HeatMa
     return [heat_map]
 
 
+def keys_of(path: str, layer: nn.Module) -> list[str]:
+    """The paths of what a layer of PEFT adapts: its own, or those of the experts of a stack."""
+    if not isinstance(layer, FusedExperts):
+        return [path]
+    stack = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+    return paths_of_experts(stack, layer.num_experts)
+
+
+def weights_of(layer: Any) -> list[Tensor]:
+    """The weights [O, I] below a layer, as views; one for each expert of a stack."""
+    base = layer.get_base_layer()
+    if not isinstance(layer, FusedExperts):
+        return [base.weight.t() if isinstance(base, Conv1D) else base.weight]
+    layout = experts_of(base)
+    assert layout is not None
+    weights = layer.get_param().detach()
+    return list(weights.mT if layout.transposed else weights)
+
+
+def factors_of(layer: Any, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
+    """A [R, I] and B [O, R] of an adapter on each of `weights_of`."""
+    if isinstance(layer, FusedExperts):
+        update = layer.factors(adapter_name)
+        return list(zip(update.A.detach(), update.B.detach(), strict=True))
+    return [(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)]
+
+
+def saved_form(layer: nn.Module, initial: list[InitialFactors]) -> tuple[Tensor, Tensor]:
+    """The factors of a layer as PEFT keeps them, lora_A and lora_B."""
+    if not isinstance(layer, FusedExperts):
+        return initial[0].A, initial[0].B
+    base = layer.get_base_layer()
+    layout = experts_of(base)
+    assert layout is not None
+    A, B = (torch.stack([each[side] for each in initial]) for side in (0, 1))
+    return saved_factors(A, B, swapped=has_sides_swapped(base, layout))
+
+
 @torch.no_grad()
-def split(layer: Any, adapter_name: str, initial: InitialFactors) -> tuple[InitialFactors, Tensor]:
-    """Copy the initial factors to a layer's adapter and subtract their update from the weight.
+def split(
+    layer: Any, adapter_name: str, initial: list[InitialFactors]
+) -> tuple[list[InitialFactors], list[Tensor]]:
+    """Copy the initial factors to a layer's adapter and subtract their updates from the weights.
 
     Returns:
-        The factors as rounded to the adapter's dtype, on the CPU; and a tensor [2]: the largest
-        error of residual plus update, and the largest entry of the update, both relative to the
-        largest entry of the weight.
+        The factors as rounded to the adapter's dtype, on the CPU; and for each a tensor [2]: the
+        largest error of residual plus update, and the largest entry of the update, both relative
+        to the largest entry of the weight.
     """
-    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    A.copy_(initial.A)
-    B.copy_(initial.B)
-    initial = initial._replace(A=A.cpu().clone(), B=B.cpu().clone())
-    base = layer.get_base_layer()
-    before, update = float32_copy(base.weight), update_of(base, initial)
-    # the residual, rounded to the dtype of the base
-    base.weight.copy_(before - update)
-    error = float32_copy(base.weight) + update - before
-    sizes = torch.stack([error.abs().max(), update.abs().max()]) / before.abs().max()
-    return initial, sizes.cpu()
+    A, B = saved_form(layer, initial)
+    layer.lora_A[adapter_name].weight.copy_(A)
+    layer.lora_B[adapter_name].weight.copy_(B)
+    rounded, sizes = [], []
+    parts = zip(weights_of(layer), initial, factors_of(layer, adapter_name), strict=True)
+    for weight, given, (A, B) in parts:
+        own = given._replace(A=A.cpu().clone(), B=B.cpu().clone())
+        before, update = float32_copy(weight), update_of(weight, own)
+        # the residual, rounded to the dtype of the base
+        weight.copy_(before - update)
+        error = float32_copy(weight) + update - before
+        rounded.append(own)
+        sizes.append(
+            (torch.stack([error.abs().max(), update.abs().max()]) / before.abs().max()).cpu()
+        )
+    return rounded, sizes
 
 
 def float32_copy(tensor: Tensor) -> Tensor:
@@ -245,11 +311,10 @@ def float32_copy(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
-def update_of(base: Any, initial: InitialFactors) -> Tensor:
-    """The initial update in the orientation of the base weight: [O, I], or [I, O] for Conv1D."""
-    A, B = (float32_copy(tensor.to(base.weight.device)) for tensor in (initial.A, initial.B))
-    update = initial.scale * (B @ A)
-    return update.t() if isinstance(base, Conv1D) else update
+def update_of(weight: Tensor, initial: InitialFactors) -> Tensor:
+    """The initial update of a weight, [O, I]."""
+    A, B = (float32_copy(tensor.to(weight.device)) for tensor in (initial.A, initial.B))
+    return initial.scale * (B @ A)
 
 
 def log_split(sizes: dict[str, Tensor]) -> None:
@@ -272,15 +337,30 @@ def log_split(sizes: dict[str, Tensor]) -> None:
 def halves(
     saved: AdapterSet[CordaConfig, Any], name: str = ""
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield for each factor its key, the dimension of the rank, and the initial value as saved.
+    """Yield for each tensor its key, a number of experts, and its second half in a file.
+
+    The half is as of `by_expert`: its ranks are the second dimension.
 
     Args:
         saved: the adapter.
         name: its name in the key, with a dot before it.
     """
-    for path, (_, initial) in saved.kept[saved.name].items():
-        for (factor, dim, sign), value in zip(FACTORS, initial[:2], strict=True):
-            yield f"base_model.model.{path}.{factor}{name}.weight", dim, sign * value
+    for path, (layer, initial) in saved.kept[saved.name].items():
+        A, B = saved_form(layer, initial)
+        where = f"base_model.model.{path}.lora_"
+        yield f"{where}A{name}.weight", len(initial), by_expert(A, len(initial))
+        # its columns are those of all experts for the first rank, then for the second, ...
+        yield f"{where}B{name}.weight", 0, -B
+
+
+def by_expert(tensor: Tensor, experts: int) -> Tensor:
+    """A tensor [E R, I] as [E, R, I]; itself for no experts."""
+    return tensor.unflatten(0, (experts, -1)) if experts else tensor
+
+
+def joined(tensor: Tensor, experts: int) -> Tensor:
+    """Undo `by_expert`."""
+    return tensor.flatten(0, 1) if experts else tensor
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:
