@@ -385,6 +385,7 @@ def matched_stacks(config: Any, model: nn.Module) -> list[str]:
     if not stacks:
         return []
     probe = copy(config)
+    # by complete names, so that excluded ones and other blocks stay out
     if isinstance(targets, str):
         probe.target_modules = {name for name in stacks if names_stack(targets, name)}
     else:

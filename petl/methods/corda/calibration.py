@@ -330,6 +330,7 @@ def fill_unmet(found: dict[str, list[Covariance]], unmet: Collection[str]) -> No
             len(keys),
             where,
         )
+        # of each round apart
         pooled = [mean_of(each) for each in zip(*(found[key] for key in keys), strict=True)]
         for key in own:
             found[key] = list(pooled)

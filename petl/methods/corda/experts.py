@@ -103,6 +103,7 @@ class Reader:
             tokens = torch.arange(len(x), device=x.device) % len(sample)
             tokens = tokens if rows.tokens is None else rows.tokens
             kept = real[tokens] & (x.any(-1) if copies > 1 else True)
+            # rows are sorted by expert
             for expert, span in rows.ranges():
                 own = kept[span]
                 seen = x[span][own], sample[tokens[span][own]]
@@ -122,6 +123,7 @@ def reading(layers: Mapping[str, nn.Module], samples: Samples, read: Read) -> Ge
     for path, layer in layers.items():
         if isinstance(layer, ExpertLinear):
             owners.setdefault(layer.owner[0], {}).setdefault(layer.name, []).append(path)
+    # by class, so that hooks of the module see its input as before
     try:
         for module, paths in owners.items():
             swap_class(module, ReadExperts)
@@ -137,6 +139,7 @@ def scaled_rows(seen: Seen, norm: str) -> Tensor:
     x = seen.x.to(torch.promote_types(seen.x.dtype, torch.float32))
     if norm == "none":
         return x
+    # as `scaled` does for a block of samples
     largest = _of_samples(x.abs().amax(1), seen, 0.0)
     if norm == "signed_max":
         signed = _of_samples(x.amax(1), seen, -torch.inf).abs()

@@ -98,11 +98,11 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
         set_targets(config, model, names)
     found = {key: model.get_submodule(key) for key in names}
     found |= expert_layers(model, stacks)
-    check_layers(model, config, found)
+    require_splittable(model, config, found)
     return found
 
 
-def check_layers(model: nn.Module, config: CordaConfig, found: Mapping[str, nn.Module]) -> None:
+def require_splittable(model: nn.Module, config: CordaConfig, found: Mapping[str, nn.Module]) -> None:
     """Raise InputError for a layer, by name, whose weight cannot be split."""
     # subtracting from a tied weight would change both modules
     twins = shared_weights(model)

@@ -243,6 +243,7 @@ def keys_of(path: str, layer: nn.Module) -> list[str]:
     """The paths of what a layer of PEFT adapts: its own, or those of the experts of a stack."""
     if not isinstance(layer, FusedExperts):
         return [path]
+    # PEFT wraps the layer of one stack around that of the other
     stack = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
     return paths_of_experts(stack, layer.num_experts)
 
