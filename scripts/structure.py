@@ -32,7 +32,7 @@ BUDGETS = {
     "efficiency": 8880,
     "data": 16960,
     "training": 16690,
-    "methods": 19450,
+    "methods": 19740,
     "adapters": 9150,
     "generation": 7500,
     "experiments": 7150,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14820, "tests": 83100}
+OTHERS = {"scripts": 14820, "tests": 83300}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
