@@ -102,7 +102,9 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     return found
 
 
-def require_splittable(model: nn.Module, config: CordaConfig, found: Mapping[str, nn.Module]) -> None:
+def require_splittable(
+    model: nn.Module, config: CordaConfig, found: Mapping[str, nn.Module]
+) -> None:
     """Raise InputError for a layer, by name, whose weight cannot be split."""
     # subtracting from a tied weight would change both modules
     twins = shared_weights(model)
