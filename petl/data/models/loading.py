@@ -424,8 +424,9 @@ def outermost_modules(model: nn.Module, keys: set[str]) -> list[str]:
 def check_task_support(config: PretrainedConfig, task: Task, name: str) -> None:
     """Raise InputError if the model has no class for the task, or is an encoder for causal_lm."""
     auto_class, own_code = task.auto_class.__name__, getattr(config, "auto_map", None) or {}
+    mapping = task.auto_class._model_mapping  # as a truth value it imports all configs
     # code in the repository may register the class under auto_map
-    if type(config) not in (task.auto_class._model_mapping or ()) and auto_class not in own_code:
+    if (mapping is None or type(config) not in mapping) and auto_class not in own_code:
         raise InputError(
             f"model {name} ({config.model_type}) does not support the task {task.name}: "
             f"transformers has no {auto_class} for it; choose another model with model=hub "
