@@ -24,7 +24,15 @@ def test_every_method_has_recorded_losses():
     assert set(compatibility_cases.METHODS) <= methods
 
 
-@pytest.mark.parametrize("name", sorted(compatibility_cases.LOSSES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.thorough)
+        if name in compatibility_cases.PEFT_METHODS
+        else name
+        for name in sorted(compatibility_cases.LOSSES)
+    ],
+)
 def test_a_method_has_the_recorded_losses(name):
     found = compatibility_cases.losses(name)
     assert found == pytest.approx(RECORDED["methods"][name], rel=TOLERANCE, abs=0)

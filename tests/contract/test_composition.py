@@ -80,13 +80,14 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 OWN = [name for name in petl.list_methods() if petl.method(name).own]
 SAMPLE = {*OWN, "lora", "ia3", "adalora", "vblora", "oft"}  # the others are slow tests
+QUICK = {*OWN, "lora"}  # of these
 
 
 def params() -> list:
     """Yield each method, combination and model.
 
-    In the default run a sample of the methods has the largest combination that is not refused, and
-    is refused the others; in the thorough one it has all of them, and the largest on BERT.
+    In the default run petl's methods and LoRA have the largest combination that is not refused, and
+    are refused the others; in the thorough one a sample has all of them, and the largest on BERT.
     """
     found = []
     for method, combination in product(petl.list_methods(), COMBINATIONS):
@@ -95,7 +96,7 @@ def params() -> list:
             allowed = [c for c in COMBINATIONS if method not in REFUSED[c]]
             largest = combination not in allowed or combination == allowed[-1]
             mark = pytest.mark.thorough if method in SAMPLE else pytest.mark.slow
-            quick = method in SAMPLE and largest and model != "bert"
+            quick = method in QUICK and largest and model != "bert"
             if method in SAMPLE and model == "bert" and combination != COMBINATIONS[-1]:
                 mark = pytest.mark.slow
             found.append(pytest.param(method, combination, model, marks=[] if quick else mark))

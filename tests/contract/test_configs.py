@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contract_cases import ours_first
 from omegaconf import OmegaConf
 
 import petl
@@ -72,7 +73,7 @@ def in_yaml(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in fields.items()}
 
 
-@pytest.mark.parametrize("name", [*METHOD_FILES, *RECIPES])
+@pytest.mark.parametrize("name", ours_first([*METHOD_FILES, *RECIPES]))
 def test_a_method_composes_into_a_run(name):
     cfg = compose([f"+method={name}"])
     reason = petl.method(cfg.method.name).lacking(Capability.TRAIN)
@@ -94,7 +95,7 @@ def test_a_method_composes_into_a_run(name):
         for model in testing.TINY_MODELS
     ],
 )
-@pytest.mark.parametrize("name", METHOD_FILES)
+@pytest.mark.parametrize("name", ours_first(METHOD_FILES))
 def test_a_method_builds_from_its_yaml(name, model):
     tiny = testing.TINY_MODELS[model]
     smaller = SMALLER.get(name, {})

@@ -30,7 +30,13 @@ def streamed(families, task, *more):
 
 @pytest.mark.parametrize(
     "task",
-    ["causal_lm", "regression", pytest.param("question_answering", marks=pytest.mark.thorough)],
+    [
+        "causal_lm",
+        *(
+            pytest.param(each, marks=pytest.mark.thorough)
+            for each in ("regression", "question_answering")
+        ),
+    ],
 )
 def test_a_stopped_run_resumes_bit_exactly_over_several_passes(families, tmp_path, task):
     more = ["train.save_steps=3", "train.steps=16", "train.test=false"]

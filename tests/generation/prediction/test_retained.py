@@ -152,7 +152,10 @@ def test_eval_computes_in_the_precision_of_the_run(families, texts, tmp_path):
     "words",
     [
         ["+method=lora", "method.init_lora_weights=pissa", "method.r=4"],
-        ["+method=corda", "method.calibration_data.num_samples=8", "method.r=4"],
+        pytest.param(
+            ["+method=corda", "method.calibration_data.num_samples=8", "method.r=4"],
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["pissa", "corda"],
 )

@@ -31,7 +31,7 @@ TEXTS = ["a green cat", "the red dog and the bird", "cat", "red " * 60]
 PREFIXES = ["data.query_prefix=red ", "data.document_prefix=the ", "data.normalize=true"]
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
+@pytest.fixture(scope="module", params=["bert", pytest.param("llama", marks=pytest.mark.thorough)])
 def run(request, families, tmp_path_factory):
     words = [word for word in families("retrieval") if not word.startswith("model.path")]
     base = f"model.path={families.folder}/{request.param}"

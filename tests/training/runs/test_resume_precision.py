@@ -37,7 +37,7 @@ def stored(folder) -> str:
     return OmegaConf.load(folder / "config.yaml").train.precision
 
 
-@pytest.mark.parametrize("began", ["bf16", "no"])
+@pytest.mark.parametrize("began", ["bf16", pytest.param("no", marks=pytest.mark.thorough)])
 def test_a_run_resumes_as_it_began_on_a_machine_for_which_auto_is_another_precision(
     tiny, tmp_path, petl_log, machine, began
 ):
