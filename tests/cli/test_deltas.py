@@ -34,16 +34,6 @@ def runs(tiny, tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def command(capsys):
-    def call(*words):
-        capsys.readouterr()
-        status = main.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return call
-
-
 def test_compress_writes_an_adapter_that_commands_read(command, runs, tmp_path):
     status, out, err = command("compress", runs / "lora", tmp_path / "small", "--density", "0.2")
     assert status == 0, err

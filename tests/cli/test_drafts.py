@@ -6,24 +6,11 @@ import re
 import pytest
 from safetensors.torch import load_file
 
-from petl.cli import main
 from petl.system.files.disk import remove
 
 pytest_plugins = ["task_runs", "writer_fixtures"]
 
 QUICK = ["draft.answers=4", "draft.tokens=6", "draft.measured=2", "draft.epochs=1"]
-
-
-@pytest.fixture
-def command(capsys):
-    """Run a command: exit status, standard output, standard error."""
-
-    def call(*words):
-        capsys.readouterr()
-        status = main.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "chat"])

@@ -8,7 +8,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-import compatibility_cases
+import compatibility_cases as cases
 import pytest
 import torch
 from training_fixtures import Finished, launch
@@ -17,24 +17,17 @@ RECORDED = json.loads((Path(__file__).parent / "losses.json").read_text())
 # Relative. With AVX2 or no vector instructions in place of AVX-512 (ATEN_CPU_CAPABILITY), and with
 # two threads in place of one, the losses were at most 1e-6 off.
 TOLERANCE = 1e-5
+OF_PEFT = [pytest.param(name, marks=pytest.mark.thorough) for name in cases.PEFT_METHODS]
 
 
 def test_every_method_has_recorded_losses():
-    methods = {compatibility_cases.LOSSES[name].method for name in RECORDED["methods"]}
-    assert set(compatibility_cases.METHODS) <= methods
+    methods = {cases.LOSSES[name].method for name in RECORDED["methods"]}
+    assert set(cases.METHODS) <= methods
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.thorough)
-        if name in compatibility_cases.PEFT_METHODS
-        else name
-        for name in sorted(compatibility_cases.LOSSES)
-    ],
-)
+@pytest.mark.parametrize("name", [*cases.ADAPTERS, *cases.IN_TRAINING, *OF_PEFT])
 def test_a_method_has_the_recorded_losses(name):
-    found = compatibility_cases.losses(name)
+    found = cases.losses(name)
     assert found == pytest.approx(RECORDED["methods"][name], rel=TOLERANCE, abs=0)
 
 
@@ -46,7 +39,7 @@ def test_a_method_has_the_recorded_losses(name):
     not torch.backends.mkl.is_available(), reason="torch without MKL draws other dropout in MiniLM"
 )
 def test_the_quickstart_has_the_recorded_losses(tmp_path):
-    done = launch([*compatibility_cases.QUICKSTART, "train.run=run"], tmp_path)
+    done = launch([*cases.QUICKSTART, "train.run=run"], tmp_path)
     assert done.returncode == 0, done.stderr
     run, expected = Finished(tmp_path / "run"), RECORDED["quickstart"]
     losses = [line["loss"] for line in run.metrics]

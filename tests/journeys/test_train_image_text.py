@@ -15,17 +15,10 @@ from petl.generation.inference.loading import load_language_model
 from petl.generation.inference.sampling import Sampling
 
 pytest_plugins = ["image_text_fixtures", "training_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_cache")
 # accelerations that each run has where its model allows them
 SLOW = [pytest.param(k, marks=pytest.mark.thorough) for k in ("gemma3", "smolvlm")]
 PLAIN = [f"train.{name}" for name in ("loss_segment=null", "skip_unread=false", "fuse_lora=false")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """A cache of its own for these tests; rows are encoded once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PETL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

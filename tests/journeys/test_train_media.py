@@ -15,6 +15,7 @@ from petl.experiments.planning.plan import plan_run
 from petl.training.compose import compose
 
 pytest_plugins = ["media_fixtures", "training_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 # the audio study: where, how, with the residual or not, and which network
 AUDIO = [
@@ -26,14 +27,6 @@ AUDIO = [
     for block in ("bottleneck", "conformer method.conv_kernel_size=5")
 ]
 NETWORK = ["method.r=4", "method.train_layer_norms=true"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """A cache of its own for these tests; rows are encoded once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PETL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def check(overrides, folder):

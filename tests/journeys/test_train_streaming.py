@@ -12,6 +12,8 @@ from petl.experiments.planning.preview import preview
 from petl.training.compose import compose
 
 pytest_plugins = ["task_fixtures"]
+HEADS = ("regression", "question_answering")
+LATER = [pytest.param(task, marks=pytest.mark.thorough) for task in HEADS]
 
 STREAM = ["+method=lora", "data.streaming=true", "data.shuffle_buffer=16", "data.held_rows=10"]
 
@@ -28,16 +30,7 @@ def streamed(families, task, *more):
     return [*words, *STREAM, *more]
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        "causal_lm",
-        *(
-            pytest.param(each, marks=pytest.mark.thorough)
-            for each in ("regression", "question_answering")
-        ),
-    ],
-)
+@pytest.mark.parametrize("task", ["causal_lm", *LATER])
 def test_a_stopped_run_resumes_bit_exactly_over_several_passes(families, tmp_path, task):
     more = ["train.save_steps=3", "train.steps=16", "train.test=false"]
     more += ["train.keep_checkpoints=9", "train.eval_steps=8"]

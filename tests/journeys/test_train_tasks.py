@@ -19,7 +19,8 @@ from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
 from petl.training.compose import compose
 
-pytest_plugins = ["task_fixtures"]
+pytest_plugins = ["task_fixtures", "training_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 HEADS = {"multi_label", "regression", "token_classification", "question_answering"}
 EXPECTED = {
@@ -45,14 +46,6 @@ EXPECTED["retrieval"] = {
 }
 EXPECTED["reranking"] = EXPECTED["retrieval"]
 EXPECTED["seq2seq"] = EXPECTED["causal_lm"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """A cache of its own for these tests; rows are encoded once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PETL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 # tests/journeys/test_rerankers.py and test_train_streaming.py have these, too

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from adapter_fixtures import adapters, one_layer
+from adapter_fixtures import adapters, listen, one_layer
 from tiny_families import FAMILIES, K
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,12 +60,6 @@ def by_hand(
     """An unwrapped model with hooks that compute the paper's formula at listed modules."""
     seen: dict[str, Tensor] = {}
 
-    def listen(name: str):
-        def hook(module, args, kwargs):
-            seen[name] = args[0] if args else next(iter(kwargs.values()))
-
-        return hook
-
     def adapt(name: str, stream: str):
         def hook(module, args, y):
             h = y if placement == "sequential" else seen[stream]
@@ -78,7 +72,7 @@ def by_hand(
     for _, closing, source, residual in family.parts():
         stream = source if placement == "parallel" else residual
         module = model.get_submodule(stream)
-        module.register_forward_pre_hook(listen(stream), with_kwargs=True)
+        module.register_forward_pre_hook(listen(seen, stream), with_kwargs=True)
         model.get_submodule(closing).register_forward_hook(adapt(closing, stream))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapter_fixtures import adapters
+from adapter_fixtures import adapters, listen
 from gates_by_hand import VALUES, gate_by_hand, network
 from tiny_families import FAMILIES, K
 from torch import Tensor, nn
@@ -19,12 +19,6 @@ def by_hand(model: nn.Module, family, weights, gate: str, placement: str, mask=N
     """An unwrapped model with hooks: 2 g (y + 0.5 f(h)), g of the residual stream."""
     seen: dict[str, Tensor] = {}
 
-    def listen(name: str):
-        def hook(module, args, kwargs):
-            seen[name] = args[0] if args else next(iter(kwargs.values()))
-
-        return hook
-
     def close(path: str, residual: str):
         def hook(module, args, y):
             w, x = weights[path], seen[residual]
@@ -37,7 +31,7 @@ def by_hand(model: nn.Module, family, weights, gate: str, placement: str, mask=N
     for _, closing, _, residual in family.parts():
         if closing in weights:
             module = model.get_submodule(residual)
-            module.register_forward_pre_hook(listen(residual), with_kwargs=True)
+            module.register_forward_pre_hook(listen(seen, residual), with_kwargs=True)
             model.get_submodule(closing).register_forward_hook(close(closing, residual))
 
 
