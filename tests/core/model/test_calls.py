@@ -4,10 +4,9 @@ import logging
 
 import pytest
 import torch
+from decoder_fixtures import bart
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForCausalLM,
     DeepseekV4Config,
     DeepseekV4ForCausalLM,
     FalconConfig,
@@ -70,13 +69,6 @@ def deepseek_v4():
 def qwen3_moe():
     sizes = {**SIZES, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts_per_tok=2))
-
-
-def bart():
-    sizes = {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48}
-    return BartForCausalLM(
-        BartConfig(**sizes, decoder_attention_heads=4, max_position_embeddings=64)
-    )
 
 
 def mamba():

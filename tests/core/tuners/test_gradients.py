@@ -3,22 +3,11 @@
 import peft
 import pytest
 import torch
-from transformers import (
-    BartConfig,
-    BartForCausalLM,
-    ReformerConfig,
-    ReformerModelWithLMHead,
-)
+from decoder_fixtures import bart
+from transformers import ReformerConfig, ReformerModelWithLMHead
 
 import petl
 from petl import testing
-
-
-def bart():
-    sizes = {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48}
-    return BartForCausalLM(
-        BartConfig(**sizes, decoder_attention_heads=4, max_position_embeddings=64)
-    )
 
 
 def train(model, steps, *, lr=1e-2, unused=()):
