@@ -26,6 +26,14 @@ from petl.errors import InputError
 from petl.training.dataloader import Batch, to_device
 
 
+class CheckedAdapter(SavedAdapter):
+    """An adapter that is compared on rows that were given, or on random inputs."""
+
+    @property
+    def data_if_any(self) -> None:
+        """None: the data of a run, which may be a stranger's, are not read."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A base model and the adapter on it.
@@ -108,7 +116,7 @@ def load(subject: Subject) -> Loaded:
         raise NotCheckedError(str(error)) from error
     base = str(subject.base)
     settings = model_in(Path(base)) if Path(base).is_dir() else {"name": base, "source": "hub"}
-    saved = SavedAdapter(subject.folder, None, {"model": settings}, other_base=True)
+    saved = CheckedAdapter(subject.folder, None, {"model": settings}, other_base=True)
     try:
         model = saved.base().eval()
     except InputError as error:

@@ -69,6 +69,11 @@ def test_the_base_says_its_class_where_the_adapter_does_not(saved, tmp_path):
     assert ids(petl.check(folder, base=base_of(tmp_path, seed=1))) >= {"base.adapted"}
 
 
+def test_a_check_does_not_ask_for_the_run_that_it_was_given(saved, caplog):
+    assert petl.check(saved(), base=folders.base()).ok
+    assert "folder of a run" not in caplog.text
+
+
 def test_weights_below_a_method_of_petl_are_compared_too(tmp_path):
     model = petl.wrap(folders.tiny(), "mola", task_type="CAUSAL_LM", target_modules=["q_proj"])
     model.save_pretrained(tmp_path / "adapter")
