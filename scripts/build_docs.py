@@ -33,7 +33,7 @@ DOCS, CONFIGS = ROOT / "docs", ROOT / "configs"
 MARKS = re.compile(r"(<!-- generated: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SCRIPTS = ("bench", "chaos", "claims")  # of a checkout
 # groups that a run has only if they are added with a plus
-ADDED = ("drafter", "launch", "loss", "ranks", "search", "task")
+ADDED = ("drafter", "launch", "loss", "ranks", "search", "task", "tokens")
 # files of groups whose settings are all listed
 FULL = ("files", "hub", "wandb", "density", "distill", "nested")
 COLUMN = 88  # characters of a page's column

@@ -95,6 +95,11 @@ def alphas(text: str) -> list[float | str]:
     return [part if part == "fit" else POSITIVE(part) for part in text.split(",")]
 
 
+def layers(text: str) -> str | list[int]:
+    """Return the name of some layers, or numbers of a text with commas in between."""
+    return text if text in ("second_half", "all") else each(number(int, 0))(text)
+
+
 def weights(text: str) -> list[float]:
     """Return numbers of a text with commas in between; a negative one subtracts an adapter."""
     return [number(float, -1e6, 1e6)(part) for part in text.split(",")]

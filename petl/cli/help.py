@@ -15,6 +15,7 @@ GROUPS = (
     "tracker",
     "launch",
     "search",
+    "tokens",
 )  # in this order
 MEANINGS = {
     "method": "the adapter method (required); see petl methods, petl show NAME",
@@ -25,6 +26,7 @@ MEANINGS = {
     "task": "learning from preferences and rewards",
     "tracker": "where metrics are logged, besides the folder of the run",
     "launch": "how several processes train together, under torchrun",
+    "tokens": "fewer tokens in attention, for long rows",
     "search": "a search for the best settings: several runs",
 }
 TEXT = """\

@@ -18,7 +18,9 @@ PURPOSES = {
     "from data to answers": (
         *("data", "plan", "train", "compare", "predict", "chat", "serve", "merge"),
     ),
-    "methods and settings": ("methods", "show", "configs", "batch-sizes", "buckets"),
+    "methods and settings": (
+        *("methods", "show", "configs", "batch-sizes", "buckets", "train-predictors"),
+    ),
     "what a run reached": ("report", "eval", "study", "strength"),
     "answers": ("generate", "draft", "retrieve", "mine"),
     "files for others": ("check", "export", "push", "pull"),

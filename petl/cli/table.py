@@ -25,6 +25,7 @@ from petl.cli.arguments import (
     file_to_read,
     file_to_write,
     folder_to_write,
+    layers,
     named_run,
     new_folder_to_write,
     number,
@@ -321,6 +322,33 @@ class BatchSizesOptions(ComposeOptions):
     memory: str | None = option("memory of the device of each process")
     # argparse reads the text of the default, if it is needed
     output: Path = option("YAML to write", file_to_write, "batch_sizes.yaml")
+
+
+@command("train-predictors", "tokens:train_predictors")
+class PredictorOptions(ComposeOptions):
+    """Train networks that predict which tokens attention looks at, for +tokens=lemo.
+
+      petl train-predictors model=smollm2 data=hamlet --out predictors.safetensors
+      petl train +method=lora model=smollm2 data=hamlet +tokens=lemo tokens.scorer=predictor \\
+          tokens.predictor=predictors.safetensors
+
+    SETTINGs name the model and the rows, as those of `petl train`. The networks belong to the base
+    model, which stays as it is.
+    """
+
+    out: Path = option("safetensors to write", file_to_write, MISSING)
+    layers: str | list[int] = option(
+        "second_half, all, or numbers from 0 (default: second_half)",
+        layers,
+        "second_half",
+        metavar="N[,N...]",
+    )
+    block: int = option("tokens of a block (default: 64)", COUNT, 64)
+    keep: float = option("share kept, for the recall (default: 0.4)", FRACTION, 0.4)
+    steps: int = option("batches, each of other rows (default: 500)", COUNT, 500)
+    batch_size: int = option("rows of a batch (default: 1)", COUNT, 1)
+    length: int = option("tokens of a row at most (default: 4096)", COUNT, 4096)
+    lr: float = option("learning rate of Adam (default: 0.001)", POSITIVE, 1e-3)
 
 
 @command("buckets", "studies:buckets")

@@ -42,6 +42,7 @@ class Capability(StrEnum):
     CAST_ONCE = "cast_once"
     STORE = "cache_frozen"
     TOGETHER = "together"
+    TOKENS = "tokens"
     # what a trained adapter can do
     MIXED_BATCH = "mixed"
     MERGE = "merge"

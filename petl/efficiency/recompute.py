@@ -217,6 +217,12 @@ def _mlps(model: nn.Module) -> Iterator[dict[nn.Module, type[SwappedClass]]]:
             yield {halves.intermediate: _Intermediate, halves.output: _MlpOutput}
 
 
+def gated_mlp(block: nn.Module) -> nn.Module | None:
+    """Return the MLP of a block that is gated as Llama's; None if it has not exactly one."""
+    found = [module for module in block.modules() if _uses(module, GATED)]
+    return found[0] if len(found) == 1 else None
+
+
 def _uses(module: object, names: tuple[str, ...]) -> bool:
     """Return True if a module's class has `forward(self, x)` with just these names, in order."""
     code = forward_code(module)

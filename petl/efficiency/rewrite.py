@@ -12,7 +12,7 @@ from typing import ClassVar
 from peft import PeftModel
 from torch import nn
 
-from petl.core.layers.class_swap import SwappedClass, restore_class
+from petl.core.layers.class_swap import SwappedClass, mixins_of, restore_class
 from petl.core.losses import extra_losses
 from petl.core.registry import method_part
 from petl.core.spec.method import loss_part
@@ -102,6 +102,8 @@ def parts_of(model: nn.Module) -> Iterator[Part]:
     if isinstance(model, PeftModel):
         yield from (method_part(model.peft_config[name]) for name in model.active_adapters)
     yield from (loss_part(loss.config) for loss in extra_losses(model))
+    mixins = {mixin for module in model.modules() for mixin in mixins_of(module)}
+    yield from (mixin.part for mixin in mixins if mixin.part is not None)
 
 
 def rewrite(setting: str) -> Rewrite:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
+from petl.core.support import Part
+
 T = TypeVar("T")
 
 
@@ -23,10 +25,12 @@ class SwappedClass:
         mixin: the mixin that was put before it.
         computes_as_before: True if the object still computes what it did.
         holds_adapters: True for a block with the adapters of one that is adapted as a whole.
+        part: what the mixin does, for the table of petl/core/support.py, if it excludes something.
     """
 
     computes_as_before: ClassVar[bool] = False
     holds_adapters: ClassVar[bool] = False
+    part: ClassVar[Part | None] = None
     original: ClassVar[type]
     mixin: ClassVar[type["SwappedClass"]]
 

@@ -49,6 +49,7 @@ FEATURES = {
     "train.class_weights": "petl.training.features.class_weights:ClassWeights",
     "train.budget": "petl.training.budget:Budget",
     "ranks": "petl.training.ranks.run:RanksByImportance",
+    "tokens": "petl.training.features.tokens:DroppedTokens",
     "train.cache_frozen": "petl.training.frozen:FrozenStore",
     "train.linear_probe": "petl.training.linear_probe:LinearProbe",
     "train.score_before": "petl.training.features.before:ScoreBefore",

@@ -1,0 +1,62 @@
+"""A gated MLP that keeps a part of its channels for backward.
+
+The forward pass is exact. Of gate and up only the channels with the largest norms are kept, and
+backward takes the others for 0, which biases the gradients.
+
+Shapes: P tokens of all rows, F channels, K channels that are kept.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from petl.core.layers.class_swap import SwappedClass
+
+
+class _KeptChannels(torch.autograd.Function):
+    """`act(z) * up` of [..., F], with the gradient of K channels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, act: Callable[[Tensor], Tensor], keep: float, z: Tensor, up: Tensor
+    ) -> Tensor:
+        a = act(z)
+        norms = a.flatten(0, -2).norm(dim=0) + up.flatten(0, -2).norm(dim=0)
+        count = max(1, math.ceil(keep * len(norms)))
+        channels = norms.topk(count).indices
+        ctx.save_for_backward(channels, z[..., channels], up[..., channels])
+        ctx.act, ctx.channels = act, len(norms)
+        return a * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        channels, z, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            a = ctx.act(leaf)
+        kept = grad[..., channels]
+        (to_z,) = torch.autograd.grad(a, leaf, kept * up)
+        whole = (*grad.shape[:-1], ctx.channels)
+        spread = [part.new_zeros(whole).index_copy(-1, channels, part) for part in (to_z, kept * a)]
+        return None, None, spread[0], spread[1].detach()
+
+
+class KeptMlp(SwappedClass):
+    """Mixin for a gated MLP.
+
+    Attributes:
+        mlp_keep: share of the channels that are kept for backward, rounded up.
+    """
+
+    mlp_keep: float
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(_KeptChannels.apply(self.act_fn, self.mlp_keep, gate, up))

@@ -1,0 +1,79 @@
+"""Fewer tokens in the attention of a run's upper layers: `+tokens=lemo`."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import PeftModel
+
+from petl.core.support import Capability
+from petl.core.types import Fields
+from petl.efficiency.tokens import DropTokens
+from petl.efficiency.tokens.settings import TokenSettings
+from petl.errors import InputError
+from petl.system.files.paths import file_of
+from petl.system.values import field, one_of
+from petl.training.features import RunFeature, Setup
+
+if TYPE_CHECKING:
+    from petl.training.runs.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class LemoConfig(TokenSettings):
+    """The settings under `tokens`."""
+
+    name: str = field("lemo", one_of("lemo"))
+
+
+class DroppedTokens(RunFeature):
+    """Leaves tokens out of the attention of upper layers, in training steps alone."""
+
+    Settings = LemoConfig
+    settings: LemoConfig
+    uses = (Capability.TOKENS,)
+
+    def check(self, config: "RunConfig") -> None:
+        """Raise InputError for settings that do not go together."""
+        settings = self.settings
+        if (settings.scorer == "predictor") != (settings.predictor is not None):
+            raise InputError(
+                f"tokens.scorer={settings.scorer} with tokens.predictor="
+                f"{settings.predictor or 'null'!s}: scorer=predictor and a file that "
+                "`petl train-predictors` has written go together"
+            )
+        if settings.predictor is not None:
+            file_of("tokens.predictor", settings.predictor, [".safetensors"])
+        if config.train.compile:
+            raise InputError(
+                "train.compile=true with tokens=lemo: a compiled model computes all tokens; leave "
+                "one of them out"
+            )
+
+    def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
+        """Let the wrapped model leave tokens out; a plan says what it does not know."""
+        if setup.run is None:
+            setup.notes.append(
+                "tokens=lemo leaves tokens out of attention; memory and time are those of all"
+            )
+        else:
+            setup.when_wrapped.append(self.drop)
+        return fields
+
+    def drop(self, model: PeftModel) -> None:
+        """Rewrite the model of the run."""
+        given = asdict(self.settings)
+        given.pop("name")
+        if self.settings.predictor is not None:
+            given["predictor"] = str(Path(self.settings.predictor).expanduser())
+        layers = DropTokens(TokenSettings(**given)).apply(model)
+        logger.info(
+            "attention of %d layers computes %.0f %% of the blocks of %d tokens (scorer %s)",
+            layers,
+            100 * self.settings.keep,
+            self.settings.block,
+            self.settings.scorer,
+        )

@@ -1,0 +1,312 @@
+"""`petl.drop_tokens`: layers whose attention computes a part of the tokens, in training alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import petl
+from petl.core.layers.class_swap import original_class
+from petl.data.tasks.packing import isolate_packed_texts
+from petl.efficiency.tokens import DropTokens
+from petl.efficiency.tokens.settings import TokenSettings
+from petl.errors import InputError, UnsupportedError
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**GROUPED), ["q_proj", "v_proj", "down_proj"]),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**GROUPED, head_dim=8), ["q_proj", "up_proj"]),
+    "windows": (MistralForCausalLM, MistralConfig(**GROUPED, sliding_window=12), ["k_proj"]),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**GROUPED, head_dim=8, sliding_window=12),
+        ["q_proj", "o_proj"],
+    ),
+    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL), ["query_key_value"]),
+}
+BLOCK, KEEP = 4, 0.5
+
+
+def model_for(name: str, attn: str = "eager"):
+    cls, config, targets = MODELS[name]
+    torch.manual_seed(0)
+    base = cls._from_config(copy.deepcopy(config), attn_implementation=attn)
+    model = petl.wrap(base, "lora", r=4, target_modules=targets)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def batch(tokens: int = 30, left: bool = False):
+    torch.manual_seed(1)
+    ids = torch.randint(1, 60, (3, tokens))
+    mask = torch.ones_like(ids)
+    for row, missing in ((1, 7), (2, 14)):
+        mask[row, slice(0, missing) if left else slice(tokens - missing, None)] = 0
+    ids = torch.where(mask > 0, ids, 0)
+    # nothing but padding predicts the first token
+    labels = ids.masked_fill(mask.cumsum(1) * mask < 2, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model) -> torch.Tensor:
+    found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return torch.cat(found)
+
+
+def attentions(model, numbers) -> dict[int, nn.Module]:
+    body = model.get_base_model().base_model
+    layers = [body.layers[number] for number in numbers]
+    return {
+        n: layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+        for n, layer in zip(numbers, layers, strict=True)
+    }
+
+
+def kept_by_loop(hidden, mask) -> torch.Tensor:
+    """True for the tokens of the first and last block of each row, and of those of largest norm."""
+    B, T = mask.shape
+    kept = torch.zeros(B, T, dtype=torch.bool)
+    count = -(-T // BLOCK)
+    for row in range(B):
+        scores = {}
+        for number in range(count):
+            own = [t for t in range(number * BLOCK, min(T, number * BLOCK + BLOCK)) if mask[row, t]]
+            if own:
+                scores[number] = sum(float(hidden[row, t].detach().norm()) for t in own) / len(own)
+        always = {min(scores), max(scores)} | ({count - 1} if T % BLOCK else set())
+        rest = sorted({*scores} - always, key=lambda number: -scores[number])
+        wanted = max(-(-count * KEEP // 1), 2 + (T % BLOCK > 0))
+        for number in [*always, *rest][: int(wanted)]:
+            kept[row, number * BLOCK : number * BLOCK + BLOCK] = True
+    return kept
+
+
+def dense(model, inputs, numbers):
+    """Loss of a model whose attention sees all tokens, but for keys and outputs of dropped ones."""
+    model = copy.deepcopy(model)
+    mask = inputs["attention_mask"]
+    kept: dict[int, torch.Tensor] = {}
+
+    def choose(number):
+        def hook(module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            kept[number] = kept_by_loop(hidden, mask)
+
+        return hook
+
+    def masked(number, module):
+        own = original_class(module).forward
+
+        def forward(*args, **kwargs):
+            lowest = torch.finfo(torch.float32).min
+            hidden_keys = ~kept[number][:, None, None, :]
+            # a token attends to itself, so that no row of a dropped query is empty
+            itself = torch.eye(mask.shape[1], dtype=torch.bool)
+            given = kwargs["attention_mask"]
+            kwargs["attention_mask"] = given.masked_fill(hidden_keys & ~itself, lowest)
+            out, weights = own(module, *args, **kwargs)
+            return out * kept[number][..., None], weights
+
+        return forward
+
+    body = model.get_base_model().base_model
+    for number, module in attentions(model, numbers).items():
+        body.layers[number].register_forward_pre_hook(choose(number), with_kwargs=True)
+        module.forward = masked(number, module)
+    output = model(**inputs)
+    output.loss.backward()
+    return output.logits.detach(), output.loss.detach(), gradients(model), kept
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("tokens", [30, 32])
+@pytest.mark.parametrize("name", MODELS)
+def test_dropped_tokens_are_no_keys_and_have_no_output(name, tokens, left):
+    model, inputs = model_for(name), batch(tokens, left)
+    logits, loss, wanted, kept = dense(model, inputs, [1, 2, 3])
+    assert all(0.3 < each.float().mean() < 0.75 for each in kept.values())
+    plain = model(**inputs).loss
+    assert petl.drop_tokens(model, block=BLOCK, keep=KEEP, layers=[3, 1, 2]) == 3
+    output = model(**inputs)
+    output.loss.backward()
+    real = inputs["attention_mask"] > 0
+    torch.testing.assert_close(output.logits[real], logits[real], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(output.loss, loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gradients(model), wanted, atol=1e-5, rtol=1e-3)
+    assert abs(plain - loss) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "windows"])
+def test_sdpa_computes_what_eager_attention_does(name):
+    losses = []
+    for attn in ("eager", "sdpa"):
+        model = model_for(name, attn)
+        petl.drop_tokens(model, block=BLOCK, keep=KEEP)
+        given = (batch(), {**batch(), "attention_mask": None})
+        losses.append([float(model(**inputs).loss.detach()) for inputs in given])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("scorer", ["norm", "oracle"])
+def test_all_blocks_kept_change_nothing(scorer):
+    model, inputs = model_for("llama"), batch()
+    expected = model(**inputs)
+    petl.drop_tokens(model, block=BLOCK, keep=1.0, scorer=scorer, layers="all")
+    torch.testing.assert_close(model(**inputs).logits, expected.logits, atol=0, rtol=0)
+
+
+def test_only_training_passes_leave_tokens_out():
+    model, inputs = model_for("llama"), batch()
+    model.eval()
+    expected, written = model(**inputs).logits, model.generate(**inputs_of(inputs))
+    model.train()
+    with torch.no_grad():
+        trained = model(**inputs).logits
+    petl.drop_tokens(model, block=BLOCK, keep=0.2, layers="all")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, trained)
+    model.eval()
+    assert torch.equal(model(**inputs).logits, expected)
+    assert torch.equal(model.generate(**inputs_of(inputs)), written)
+
+
+def inputs_of(inputs):
+    names = ("input_ids", "attention_mask")
+    return {**{n: inputs[n][:1] for n in names}, "max_new_tokens": 4, "do_sample": False}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_computes_the_same(reentrant):
+    model, inputs = model_for("llama"), batch()
+    petl.drop_tokens(model, block=BLOCK, keep=KEEP)
+    model(**inputs).loss.backward()
+    expected = gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(**inputs).loss.backward()
+    torch.testing.assert_close(gradients(model), expected, atol=1e-7, rtol=1e-6)
+
+
+def test_a_second_call_replaces_the_first_and_copies_keep_it():
+    model, inputs = model_for("llama"), batch()
+    classes = [type(module) for module in model.modules()]
+    petl.drop_tokens(model, block=2, keep=0.2, layers="all", mlp_keep=0.5)
+    petl.drop_tokens(model, block=BLOCK, keep=KEEP)
+    other = model_for("llama")
+    petl.drop_tokens(other, block=BLOCK, keep=KEEP)
+    assert model(**inputs).loss == other(**inputs).loss == copy.deepcopy(model)(**inputs).loss
+    DropTokens(TokenSettings()).undo(model)
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.1])
+def test_an_mlp_keeps_channels_for_backward(keep):
+    """The gradient is that of a product whose other channels are constants."""
+    model, inputs = model_for("llama"), batch()
+    reference = copy.deepcopy(model)
+    plain = model(**inputs).loss
+    for layer in reference.get_base_model().model.layers[2:]:
+        layer.mlp.forward = constant_channels(layer.mlp, keep)
+    wanted = reference(**inputs).loss
+    wanted.backward()
+    petl.drop_tokens(model, keep=1.0, mlp_keep=keep)
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss == plain == wanted
+    torch.testing.assert_close(gradients(model), gradients(reference), atol=1e-7, rtol=1e-5)
+
+
+def constant_channels(mlp, keep):
+    def forward(x):
+        a, up = mlp.act_fn(mlp.gate_proj(x)), mlp.up_proj(x)
+        norms = a.detach().flatten(0, 1).norm(dim=0) + up.detach().flatten(0, 1).norm(dim=0)
+        product = a * up
+        kept = torch.zeros_like(norms, dtype=torch.bool)
+        for channel in sorted(range(len(norms)), key=lambda c: -norms[c])[: -int(-keep * 48 // 1)]:
+            kept[channel] = True
+        return mlp.down_proj(torch.where(kept, product, product.detach()))
+
+    return forward
+
+
+def test_what_is_no_decoder_with_rotary_positions_is_refused():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1))
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    bert = BertForSequenceClassification(BertConfig(**tiny, intermediate_size=8))
+    for base in (gpt2, bert, nn.Linear(2, 2)):
+        with pytest.raises(UnsupportedError, match="no tokens can be left out"):
+            petl.drop_tokens(base)
+    packed = model_for("llama").get_base_model()
+    isolate_packed_texts(packed)
+    with pytest.raises(UnsupportedError, match="several texts"):
+        petl.drop_tokens(packed)
+
+
+def test_adapters_that_read_other_positions_are_refused():
+    base = LlamaForCausalLM(LlamaConfig(**GROUPED))
+    model = petl.wrap(base, "mola", target_modules=["q_proj"], num_experts=2)
+    with pytest.raises(UnsupportedError, match="other positions"):
+        petl.drop_tokens(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"keep": 0.0}, "keep=0"),
+        ({"keep": 1.5}, "keep=1.5"),
+        ({"block": 0}, "block=0"),
+        ({"layers": "upper"}, "second_half"),
+        ({"layers": [4]}, "0 to 3"),
+        ({"layers": []}, "layers"),
+        ({"scorer": "median"}, "oracle"),
+        ({"scorer": "predictor"}, "train-predictors"),
+        ({"always_last": -1}, "always_last"),
+        ({"mlp_keep": 0.0}, "mlp_keep"),
+    ],
+)
+def test_values_that_are_not_allowed_change_nothing(settings, words):
+    model = model_for("llama")
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(InputError, match=words):
+        petl.drop_tokens(model, **settings)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_an_mlp_of_another_form_is_refused_before_anything_changes():
+    model = model_for("neox")
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedError, match="gate_proj"):
+        petl.drop_tokens(model, mlp_keep=0.5)
+    assert [type(module) for module in model.modules()] == classes
