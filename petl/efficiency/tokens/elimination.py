@@ -62,9 +62,14 @@ class TokenBlock(SwappedClass):
 
     @torch.no_grad()
     def kept(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Return the positions of the kept tokens, [B, P]; None for all."""
-        tokens = hidden.shape[1]
+        """Return the positions of the kept tokens, [B, P]; None for all.
+
+        Of rows with several texts all are kept: nothing tells a block of which text to keep.
+        """
+        tokens, positions = hidden.shape[1], kwargs.get("position_ids")
         if self.choice.count(tokens) * self.choice.block >= tokens:
+            return None
+        if isinstance(positions, Tensor) and bool((positions.diff() < 0).any()):
             return None
         valid = valid_tokens(kwargs.get("attention_mask"), hidden)
         return self.choice.positions(self.scorer(self, hidden, valid, kwargs), valid)

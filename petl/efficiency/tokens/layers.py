@@ -27,8 +27,6 @@ def refusal_of_tokens(base: nn.Module) -> str:
         return "it is not a model of transformers"
     if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
         return "it is no decoder: other positions are read than those before"
-    if getattr(base, "petl_packs", False):
-        return "a row has several texts, and blocks of a row are left out: set data.pack=false"
     if not all_layers(base):
         return "its layers have no attention with rotary positions that they pass to it"
     return ""

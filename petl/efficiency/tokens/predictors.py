@@ -95,9 +95,12 @@ class Predictor(nn.Module):
         self.sides = nn.ModuleDict({"q": queries, "k": keys})
 
     def forward(self, blocks: Tensor) -> Tensor:
-        """Return the predicted map [B, N, N] of `by_head` of a layer's hidden states."""
+        """Return the predicted map [B, N, N] of `by_head` of a layer's hidden states.
+
+        As in `pooled_map`, nothing is found in later keys.
+        """
         queries, keys = (self.sides[side](blocks) for side in SIDES)  # [B, h, N, D]
-        return (queries @ keys.mT).sum(1)
+        return (queries @ keys.mT).sum(1).tril()
 
     def prune(self, inputs: int) -> None:
         """Leave out idle units of both networks, see `Network.prune`."""

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from petl.core.support import Capability
 from petl.core.types import Fields
+from petl.data.validation import Row
 from petl.efficiency.tokens import DropTokens
 from petl.efficiency.tokens.settings import TokenSettings
 from petl.errors import InputError
@@ -29,6 +30,11 @@ class LemoConfig(TokenSettings):
     name: str = field("lemo", one_of("lemo"))
 
 
+def has_several_texts(row: Row) -> bool:
+    """Return True for a packed row of more than one text."""
+    return row["position_ids"][-1] + 1 < len(row["input_ids"])
+
+
 class DroppedTokens(RunFeature):
     """Leaves tokens out of the attention of upper layers, in training steps alone."""
 
@@ -47,14 +53,14 @@ class DroppedTokens(RunFeature):
             )
         if settings.predictor is not None:
             file_of("tokens.predictor", settings.predictor, [".safetensors"])
-        if config.train.compile:
-            raise InputError(
-                "train.compile=true with tokens=lemo: a compiled model computes all tokens; leave "
-                "one of them out"
-            )
 
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
         """Let the wrapped model leave tokens out; a plan says what it does not know."""
+        if setup.splits.task.packs and any(map(has_several_texts, setup.splits.train)):
+            raise InputError(
+                "tokens=lemo leaves blocks of a text out, and data.pack=true puts several texts in "
+                "a row: set data.pack=false"
+            )
         if setup.run is None:
             setup.notes.append(
                 "tokens=lemo leaves tokens out of attention; memory and time are those of all"

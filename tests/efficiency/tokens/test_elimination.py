@@ -268,10 +268,20 @@ def test_what_is_no_decoder_with_rotary_positions_is_refused():
     for base in (gpt2, bert, nn.Linear(2, 2)):
         with pytest.raises(UnsupportedError, match="no tokens can be left out"):
             petl.drop_tokens(base)
-    packed = model_for("llama").get_base_model()
-    isolate_packed_texts(packed)
-    with pytest.raises(UnsupportedError, match="several texts"):
-        petl.drop_tokens(packed)
+
+
+def test_rows_of_several_texts_are_computed_whole():
+    model = model_for("llama")
+    isolate_packed_texts(model.get_base_model())
+    ids = batch()["input_ids"][:1]
+    several = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    several["position_ids"] = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    whole = model(**several).loss
+    single = {**several, "position_ids": torch.arange(30)[None]}
+    before = model(**single).loss
+    petl.drop_tokens(model, block=BLOCK, keep=KEEP)
+    assert model(**several).loss == whole
+    assert model(**single).loss != before
 
 
 def test_adapters_that_read_other_positions_are_refused():

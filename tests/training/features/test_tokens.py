@@ -1,0 +1,68 @@
+"""Runs that leave tokens out of attention: trained, resumed, planned, refused."""
+
+import pytest
+from training_fixtures import assert_same_course, compose, stopped_before, tiny, train  # noqa: F401
+
+from petl.cli.main import main
+from petl.errors import InputError
+from petl.experiments.planning.plan import plan_run
+
+LEMO = ["+method=lora", "+tokens=lemo", "tokens.block=2", "tokens.keep=0.4", "tokens.layers=all"]
+LEMO += ["train.steps=4", "train.log_steps=1", "train.save_steps=2"]
+
+
+def losses(run):
+    return [line["loss"] for line in run.metrics if "loss" in line]
+
+
+def test_a_run_trains_on_fewer_tokens_and_resumes_alike(tiny, tmp_path):  # noqa: F811
+    words = [*tiny.complete, *LEMO]
+    whole = train(words, tmp_path / "whole")
+    plain = train([w for w in words if "tokens" not in w], tmp_path / "plain")
+    assert losses(whole)[0] != losses(plain)[0]
+    # scores are those of all tokens
+    assert whole.scores["before"] == plain.scores["before"]
+    stopped = stopped_before(whole, tmp_path / "stopped", whole.checkpoints[-1])
+    resumed = train([*words, f"train.resume={stopped.path}"], stopped.path)
+    assert_same_course(resumed, whole, atol=0.0)
+
+
+def test_predictors_are_trained_by_a_command_and_used(tiny, tmp_path, capsys):  # noqa: F811
+    file = tmp_path / "predictors.safetensors"
+    model = [word for word in tiny.complete if word.startswith(("model", "data"))]
+    size = ["--block", "2", "--layers", "0,1", "--steps", "6", "--batch-size", "2"]
+    assert main(["train-predictors", *model, "--out", str(file), *size]) in (None, 0)
+    assert "predictors of 2 layers" in capsys.readouterr().out
+    words = [*tiny.complete, *LEMO, "tokens.layers=[0,1]", "tokens.scorer=predictor"]
+    run = train([*words, f"tokens.predictor={file}"], tmp_path / "run")
+    by_norm = train([*tiny.complete, *LEMO, "tokens.layers=[0,1]"], tmp_path / "norm")
+    assert run.scores["steps"] == 4
+    assert losses(run) != losses(by_norm)
+
+
+def test_a_plan_says_that_it_counts_all_tokens(tiny):  # noqa: F811
+    planned = plan_run(compose([*tiny.complete, *LEMO]))
+    assert any("tokens=lemo" in note for note in planned.notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tokens.keep=2"], "tokens.keep=2"),
+        (["tokens.scorer=predictor"], "train-predictors"),
+        (["tokens.predictor=none.safetensors"], "scorer=norm"),
+        (["tokens.scorer=predictor", "tokens.predictor=none.safetensors"], "none.safetensors"),
+        (["data.pack=true"], "several texts"),
+        (["+method=mola"], "other positions"),
+        (["tokens.blocks=3"], "'block'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words, message, tiny, tmp_path):  # noqa: F811
+    given = [*tiny.complete, *(LEMO[1:] if "+method=mola" in words else LEMO)]
+    with pytest.raises(InputError, match=message):
+        train([*given, *words], tmp_path / "run")
+
+
+def test_classifiers_are_refused(tiny, tmp_path):  # noqa: F811
+    with pytest.raises(InputError, match="no tokens can be left out"):
+        train([*tiny.classify, *LEMO], tmp_path / "run")
