@@ -24,6 +24,7 @@ TITLES = {
     "merge": "merged tokens, relative to all tokens",
     "unet": "tuners of skip connections, relative to LoRA of rank 8 on attention",
     "experts": "LoRA on stacks of experts, relative to PEFT's forward pass",
+    "tokens": "LoRA on a long row of which tokens are left out, relative to all of it",
     "frozen": "training step without what need not be computed",
     "drafting": "answers with drafts, relative to plain decoding",
     "start-up": "start of a process",
