@@ -29,18 +29,18 @@ BUDGETS = {
     "system": 3780,
     "ops": 3480,
     "core": 14200,
-    "efficiency": 8880,
+    "efficiency": 9880,
     "data": 16960,
-    "training": 16690,
+    "training": 16780,
     "methods": 19740,
     "adapters": 9150,
     "generation": 7500,
     "experiments": 7150,
-    "cli": 4540,
+    "cli": 4620,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14820, "tests": 83300}
+OTHERS = {"scripts": 14890, "tests": 83970}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -371,9 +371,9 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("flags of configs by getattr", matches(FLAG), 15),
         Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
         Figure("cycles between files", len(cycles()), 0),
-        Figure("longest chain of imports", len(longest_chain()), 16),
+        Figure("longest chain of imports", len(longest_chain()), 15),
         Figure("docstrings, of public names", counted.documented / counted.public, 0.9, False),
-        Figure("comments a code line", counted.comments / counted.code_lines, 0.0755, False),
+        Figure("comments a code line", counted.comments / counted.code_lines, 0.075, False),
         Figure("messages with a value", counted.with_value / counted.raised, 0.95, False),
     ]
     if run:

@@ -11,6 +11,7 @@ steps is random as before.
 """
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -416,3 +417,26 @@ def permutation(count: int, seed: int, epoch: int) -> list[int]:
 def chunks(order: list[int], size: int) -> list[list[int]]:
     """Consecutive pieces of `size` rows; the last may be shorter."""
     return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
+    """Return the numbers of the texts of each block of `length` tokens, in the order of the texts.
+
+    The longest come first, each into the fullest block that has room for it.
+
+    Args:
+        lengths: of the texts, none above `length`.
+    """
+    chosen: list[list[int]] = []  # numbers of the texts of each block
+    rooms: list[tuple[int, int]] = []  # of the blocks that are not full: (room, block), sorted
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        size = lengths[number]
+        place = bisect_left(rooms, (size, 0))
+        room, block = rooms.pop(place) if place < len(rooms) else (length, len(chosen))
+        if block == len(chosen):
+            chosen.append([])
+        chosen[block].append(number)
+        if room > size:
+            insort(rooms, (room - size, block))
+    # in the order of the texts, as far as whole blocks can be
+    return sorted(map(sorted, chosen))

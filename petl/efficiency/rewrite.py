@@ -103,7 +103,9 @@ def parts_of(model: nn.Module) -> Iterator[Part]:
         yield from (method_part(model.peft_config[name]) for name in model.active_adapters)
     yield from (loss_part(loss.config) for loss in extra_losses(model))
     mixins = {mixin for module in model.modules() for mixin in mixins_of(module)}
-    yield from (mixin.part for mixin in mixins if mixin.part is not None)
+    for mixin in mixins:
+        lacks: Lacks = {Capability(name): reason for name, reason in mixin.lacks.items()}
+        yield Part(mixin.__name__, (), lacks)
 
 
 def rewrite(setting: str) -> Rewrite:

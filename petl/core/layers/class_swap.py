@@ -5,14 +5,12 @@ entries, so that a walk over the model skips idle adapters.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, KeysView
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from functools import cache, update_wrapper
 from types import CodeType, FunctionType
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
-
-from petl.core.support import Part
 
 T = TypeVar("T")
 
@@ -25,12 +23,12 @@ class SwappedClass:
         mixin: the mixin that was put before it.
         computes_as_before: True if the object still computes what it did.
         holds_adapters: True for a block with the adapters of one that is adapted as a whole.
-        part: what the mixin does, for the table of petl/core/support.py, if it excludes something.
+        lacks: why an object with the mixin excludes others, by capability of petl/core/support.py.
     """
 
     computes_as_before: ClassVar[bool] = False
     holds_adapters: ClassVar[bool] = False
-    part: ClassVar[Part | None] = None
+    lacks: ClassVar[Mapping[str, str]] = {}
     original: ClassVar[type]
     mixin: ClassVar[type["SwappedClass"]]
 

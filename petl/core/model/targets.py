@@ -175,7 +175,7 @@ def _is_former(expression: str, stack: str, renamed: Collection[str]) -> bool:
         return False
     owner = stack.rpartition(".")[0]
     named = has_own_name(expression, stack)
-    return not named or (renamed >= {*group} and not re.fullmatch(expression, owner))
+    return not named or ({*group} <= {*renamed} and not re.fullmatch(expression, owner))
 
 
 def _double_rank(config: LoraConfig) -> None:

@@ -7,7 +7,6 @@ with either it attends across texts silently. Methods read the mask, so batches 
 `check_packed_texts_isolated` tests whether a model keeps the texts apart.
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.core.types import Arguments
+from petl.data.batch_sampler import best_fit
 from petl.data.tasks.base import IGNORED, Pad, Row
 from petl.errors import InputError
 
@@ -48,29 +48,6 @@ def pack(texts: Iterable[Sequence[int]], length: int) -> list[PackedRow]:
     pieces = [text[i : i + length] for text in texts for i in range(0, len(text), length)]
     blocks = best_fit([*map(len, pieces)], length)
     return [joined([pieces[i] for i in numbers]) for numbers in blocks]
-
-
-def best_fit(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Return the numbers of the texts of each block of `length` tokens, in the order of the texts.
-
-    The longest come first, each into the fullest block that has room for it.
-
-    Args:
-        lengths: of the texts, none above `length`.
-    """
-    chosen: list[list[int]] = []  # numbers of the texts of each block
-    rooms: list[tuple[int, int]] = []  # of the blocks that are not full: (room, block), sorted
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        size = lengths[number]
-        place = bisect_left(rooms, (size, 0))
-        room, block = rooms.pop(place) if place < len(rooms) else (length, len(chosen))
-        if block == len(chosen):
-            chosen.append([])
-        chosen[block].append(number)
-        if room > size:
-            insort(rooms, (room - size, block))
-    # in the order of the texts, as far as whole blocks can be
-    return sorted(map(sorted, chosen))
 
 
 def joined(pieces: Iterable[Sequence[int]]) -> PackedRow:

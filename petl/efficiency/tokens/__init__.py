@@ -19,21 +19,22 @@ Source: Wang et al., "LeMo: Enabling LEss Token Involvement for MOre Context Fin
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from petl.core.layers.class_swap import swap_class
 from petl.core.parameters import check_module
 from petl.core.support import Capability
 from petl.core.tuners.asking import computes_by_position
-from petl.core.types import base_of
+from petl.core.types import Arguments, base_of
 from petl.efficiency.recompute import gated_mlp
 from petl.efficiency.rewrite import Rewrite, Value
 from petl.efficiency.tokens.channels import KeptMlp
 from petl.efficiency.tokens.elimination import (
-    PART,
+    Scorer,
     TokenAttention,
     TokenBlock,
     oracle_map,
@@ -109,7 +110,6 @@ class DropTokens(Rewrite):
     """`drop_tokens` as a rewrite, with its settings."""
 
     capability = Capability.TOKENS
-    lacks = PART.lacks
     saves = "attention of upper layers computes a part of the tokens"
     only_trains = True
     mixins = (TokenBlock, TokenAttention, KeptMlp)
@@ -157,7 +157,7 @@ class DropTokens(Rewrite):
             )
         return [mlp for mlp in found.values() if mlp is not None]
 
-    def scorers(self, base: Any, numbers: Sequence[int]) -> dict[int, Any]:
+    def scorers(self, base: PreTrainedModel, numbers: Sequence[int]) -> dict[int, Scorer]:
         """Return the function of each layer that scores blocks."""
         settings = self.settings
         if settings.scorer == "norm":
@@ -166,16 +166,14 @@ class DropTokens(Rewrite):
             return dict.fromkeys(numbers, partial(by_oracle, settings.block))
         if settings.predictor is None:
             raise InputError(
-                "scorer=predictor needs predictor=FILE, which `petl train-predictors` writes"
+                f"scorer={settings.scorer} needs predictor=FILE, which `petl train-predictors` "
+                "writes"
             )
         heads = base.config.get_text_config().num_attention_heads
         file = Path(settings.predictor).expanduser()
         predictors = Predictors.load(file, numbers, settings.block, heads, width_of_states(base))
         predictors.to(base.device).eval()
         return {number: partial(by_predictor, predictors, number) for number in numbers}
-
-
-Arguments = Mapping[str, Any]
 
 
 def by_norm(size: int, block: TokenBlock, hidden: Tensor, valid: Tensor, _: Arguments) -> Tensor:
@@ -193,7 +191,12 @@ def by_oracle(
 
 
 def by_predictor(
-    predictors: Predictors, number: int, block: TokenBlock, hidden: Tensor, valid: Tensor, _: Any
+    predictors: Predictors,
+    number: int,
+    block: TokenBlock,
+    hidden: Tensor,
+    valid: Tensor,
+    _: Arguments,
 ) -> Tensor:
     """Return what the predictors of a layer expect that queries find, [B, N]."""
     return column_sums(predictors.map_of(number, hidden, valid))

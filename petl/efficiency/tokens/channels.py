@@ -26,6 +26,7 @@ class _KeptChannels(torch.autograd.Function):
     ) -> Tensor:
         a = act(z)
         norms = a.flatten(0, -2).norm(dim=0) + up.flatten(0, -2).norm(dim=0)
+        # one at least, or nothing of the MLP would learn
         count = max(1, math.ceil(keep * len(norms)))
         channels = norms.topk(count).indices
         ctx.save_for_backward(channels, z[..., channels], up[..., channels])
@@ -36,7 +37,7 @@ class _KeptChannels(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         channels, z, up = ctx.saved_tensors
-        with torch.enable_grad():
+        with torch.enable_grad():  # a graph of its own for the gradient of the activation
             leaf = z.detach().requires_grad_()
             a = ctx.act(leaf)
         kept = grad[..., channels]

@@ -18,25 +18,20 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from petl.core.layers.class_swap import SwappedClass, original_class
-from petl.core.support import Capability, Part
+from petl.core.support import Capability
+from petl.core.types import Arguments
 from petl.efficiency.tokens.scores import Choice, pooled_map
 from petl.errors import UnsupportedError
 
-NAME = "+tokens=lemo"
-ALL = "tokens are left out of the attention of a block, and it computes or reads other positions"
-PART = Part(
-    NAME,
-    (Capability.TOKENS,),
-    {
-        Capability.SKIP: ALL,
-        Capability.STORE: "a store has the states of blocks that compute all tokens",
-        Capability.TOGETHER: "each run would leave out tokens of its own",
-        Capability.COMPILE: "which tokens are computed depends on their states",
-    },
-)
+# what computes or reads positions that the attention of a block leaves out
+LACKS: Mapping[str, str] = {
+    Capability.SKIP: "tokens are left out of attention already (tokens=lemo)",
+    Capability.STORE: "its states are those of all tokens, and tokens=lemo leaves some out",
+    Capability.TOGETHER: "tokens=lemo leaves out tokens by the states of one run",
+}
 ASKING = "petl_queries_and_keys"  # an implementation of attention that computes none
 CACHES = ("cache", "past_key_values", "past_key_value")
-Scorer = Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]
+Scorer = Callable[["TokenBlock", Tensor, Tensor, Arguments], Tensor]
 
 
 class TokenBlock(SwappedClass):
@@ -49,7 +44,7 @@ class TokenBlock(SwappedClass):
         attention_path: of its attention.
     """
 
-    part: ClassVar[Part | None] = PART
+    lacks: ClassVar[Mapping[str, str]] = LACKS
     choice: Choice
     scorer: Scorer
     attention_path: str
@@ -61,7 +56,7 @@ class TokenBlock(SwappedClass):
         return super().__call__(*args, **kwargs)
 
     @torch.no_grad()
-    def kept(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    def kept(self, hidden: Tensor, kwargs: Arguments) -> Tensor | None:
         """Return the positions of the kept tokens, [B, P]; None for all.
 
         Of rows with several texts all are kept: nothing tells a block of which text to keep.
@@ -69,12 +64,15 @@ class TokenBlock(SwappedClass):
         tokens, positions = hidden.shape[1], kwargs.get("position_ids")
         if self.choice.count(tokens) * self.choice.block >= tokens:
             return None
+        # positions begin again with each text
         if isinstance(positions, Tensor) and bool((positions.diff() < 0).any()):
             return None
         valid = valid_tokens(kwargs.get("attention_mask"), hidden)
         return self.choice.positions(self.scorer(self, hidden, valid, kwargs), valid)
 
-    def forward(self: Any, *args: Any, kept_tokens: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: object, kept_tokens: Tensor | None = None, **kwargs: object
+    ) -> object:
         if kept_tokens is None:
             return super().forward(*args, **kwargs)
         attention = self.get_submodule(self.attention_path)
@@ -94,12 +92,13 @@ class TokenAttention(SwappedClass):
 
     kept: Tensor | None = None
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: object, **kwargs: Any) -> object:
         positions = self.kept
         if positions is None:
             return super().forward(*args, **kwargs)
+        # whichever of its arguments the layer passes by position
         names = inspect.signature(original_class(self).forward).parameters
-        given = dict(zip([*names][1:], args, strict=False)) | kwargs
+        given: Arguments = dict(zip([*names][1:], args, strict=False)) | kwargs
         hidden = given["hidden_states"]
         given |= at_positions(given, positions)
         out, *others = super().forward(**given)
@@ -108,7 +107,7 @@ class TokenAttention(SwappedClass):
         return (whole, *others)
 
 
-def at_positions(given: Mapping[str, Any], positions: Tensor) -> dict[str, Any]:
+def at_positions(given: Arguments, positions: Tensor) -> dict[str, Any]:
     """Return arguments of an attention at some positions, without a cache."""
     found: dict[str, Any] = {name: None for name in CACHES if given.get(name) is not None}
     found["hidden_states"] = taken(given["hidden_states"], positions)
@@ -161,12 +160,12 @@ def valid_tokens(mask: Tensor | None, hidden: Tensor) -> Tensor:
 class _Asked(Exception):
     """Ends the pass of a block at its attention, whose arguments it has."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
 
 
 def _queries_and_keys(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
 ) -> NoReturn:
     """End the pass of an attention as its implementation."""
     raise _Asked({"queries": query, "keys": key, "scale": kwargs["scaling"]})
@@ -176,9 +175,7 @@ AttentionInterface.register(ASKING, _queries_and_keys)
 
 
 @torch.no_grad()
-def oracle_map(
-    layer: nn.Module, path: str, size: int, hidden: Tensor, kwargs: Mapping[str, Any]
-) -> Tensor:
+def oracle_map(layer: nn.Module, path: str, size: int, hidden: Tensor, kwargs: Arguments) -> Tensor:
     """Return the pooled map [B, N, N] of the queries and keys of a layer.
 
     Args:
@@ -198,6 +195,7 @@ def oracle_map(
     # its own instance: the config is that of all layers
     attention.config = asking
     try:
+        # a cache would get the keys a second time
         given = {name: value for name, value in kwargs.items() if name not in CACHES}
         original_class(layer).forward(layer, hidden, **given)
     except _Asked as asked:

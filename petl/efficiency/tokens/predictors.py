@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from petl.core.model.modes import calibration_pass, forward
 from petl.core.parameters import check_module
-from petl.core.types import base_of
+from petl.core.types import Arguments, base_of
 from petl.efficiency.tokens.elimination import oracle_map, valid_tokens
 from petl.efficiency.tokens.layers import SECOND_HALF, places_of, width_of_states
 from petl.efficiency.tokens.scores import Choice, column_sums, in_blocks
@@ -92,14 +92,19 @@ class Predictor(nn.Module):
 
     def __init__(self, queries: Network, keys: Network) -> None:
         super().__init__()
-        self.sides = nn.ModuleDict({"q": queries, "k": keys})
+        self.queries, self.keys = queries, keys
+
+    @property
+    def sides(self) -> dict[str, Network]:
+        """Both networks, by their letter in the names of tensors."""
+        return {"q": self.queries, "k": self.keys}
 
     def forward(self, blocks: Tensor) -> Tensor:
         """Return the predicted map [B, N, N] of `by_head` of a layer's hidden states.
 
         As in `pooled_map`, nothing is found in later keys.
         """
-        queries, keys = (self.sides[side](blocks) for side in SIDES)  # [B, h, N, D]
+        queries, keys = self.queries(blocks), self.keys(blocks)  # [B, h, N, D]
         return (queries @ keys.mT).sum(1).tril()
 
     def prune(self, inputs: int) -> None:
@@ -122,6 +127,10 @@ class Predictors(nn.Module):
         self.block, self.heads = block, heads
         self.layers = nn.ModuleDict(layers)
 
+    def each(self) -> dict[str, Predictor]:
+        """The predictor of each layer."""
+        return {name: cast(Predictor, predictor) for name, predictor in self.layers.items()}
+
     @classmethod
     def new(cls, layers: Iterable[int], block: int, heads: int, hidden: int) -> "Predictors":
         """Return predictors with random weights, the same each time."""
@@ -140,7 +149,7 @@ class Predictors(nn.Module):
         """Write them as safetensors: `LAYER.lemo_q1.weight` and so on."""
         tensors = {
             f"{layer}.lemo_{side}{number}.weight": weight.detach().contiguous()
-            for layer, predictor in self.layers.items()
+            for layer, predictor in self.each().items()
             for side, network in predictor.sides.items()
             for number, weight in enumerate(network.weights, start=1)
         }
@@ -173,23 +182,25 @@ class Predictors(nn.Module):
                 if missing:
                     known = ", ".join(sorted({name.partition(".")[0] for name in tensors}, key=int))
                     raise InputError(f"{file} has no {missing[0]}; it has layers {known}")
-                weights = [tensors[name] for name in names]
-                check_chain(file, names, weights, block * (hidden // heads), hidden // heads)
-                sides.append(Network(weights))
+                weights = {name: tensors[name] for name in names}
+                sides.append(network_of(file, weights, block * (hidden // heads), hidden // heads))
             made[layer] = Predictor(*sides)
         return cls(block, heads, made)
 
 
-def check_chain(
-    file: Path, names: Sequence[str], weights: Sequence[Tensor], inner: int, out: int
-) -> None:
-    """Raise InputError unless each of the weights [O, I] takes what the one before it gives."""
-    for name, weight in zip(names, weights, strict=True):
-        is_last = name == names[-1]
-        if weight.dim() != 2 or weight.shape[1] != inner or (is_last and len(weight) != out):
-            shape = f"[{out if is_last else '...'}, {inner}]"
+def network_of(file: Path, weights: Mapping[str, Tensor], inner: int, out: int) -> Network:
+    """Return the network of these weights [O, I] by name, from `inner` to `out` numbers.
+
+    Raises:
+        InputError: one does not take what the one before it gives.
+    """
+    *_, last = weights
+    for name, weight in weights.items():
+        if weight.dim() != 2 or weight.shape[1] != inner or (name == last and len(weight) != out):
+            shape = f"[{out if name == last else '...'}, {inner}]"
             raise InputError(f"{file}: {name} has shape {list(weight.shape)}, not {shape}")
         inner = len(weight)
+    return Network([*weights.values()])
 
 
 def by_head(hidden: Tensor, valid: Tensor, block: int, heads: int) -> Tensor:
@@ -219,7 +230,7 @@ class Trained(NamedTuple):
 
 def train_predictors(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Arguments],
     *,
     block: int = 64,
     layers: str | Sequence[int] = SECOND_HALF,
@@ -252,7 +263,7 @@ def train_predictors(
     optimizer = torch.optim.Adam(predictors.parameters(), lr)
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def look(layer: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def look(layer: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments) -> None:
         states = args[0] if args else kwargs["hidden_states"]
         given = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         target = oracle_map(module, places[layer].attention, block, states, given)
@@ -278,7 +289,7 @@ def train_predictors(
             torch.autograd.backward(errors)
             optimizer.step()
             if step % PRUNED_EVERY == 0:
-                for predictor in predictors.layers.values():
+                for predictor in predictors.each().values():
                     predictor.prune(inputs)
                 # moments of units that are gone would not fit
                 inputs, optimizer = 0, torch.optim.Adam(predictors.parameters(), lr)

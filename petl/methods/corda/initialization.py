@@ -79,7 +79,7 @@ def targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     """The layers to adapt by name, after all checks that need no data."""
     check_parameters(config, model)
     if config.target_modules is None:  # PEFT's default table has query and value only
-        config.target_modules = set() if config.target_parameters else "block-linear"
+        config.target_modules = [] if config.target_parameters else "block-linear"
     no_experts = without_experts(config)
     # as for petl's own methods
     resolve_targets(config, model, words=("all-linear",), no_experts=no_experts)

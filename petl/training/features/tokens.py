@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from petl.core.support import Capability
 from petl.core.types import Fields
+from petl.data.streaming import StreamedRows
 from petl.data.validation import Row
 from petl.efficiency.tokens import DropTokens
 from petl.efficiency.tokens.settings import TokenSettings
@@ -56,14 +57,18 @@ class DroppedTokens(RunFeature):
 
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
         """Let the wrapped model leave tokens out; a plan says what it does not know."""
-        if setup.splits.task.packs and any(map(has_several_texts, setup.splits.train)):
+        rows = setup.splits.train
+        # the rows of a stream are not known yet
+        streams = isinstance(rows, StreamedRows)
+        if setup.splits.task.packs and (streams or any(map(has_several_texts, rows))):
             raise InputError(
-                "tokens=lemo leaves blocks of a text out, and data.pack=true puts several texts in "
-                "a row: set data.pack=false"
+                f"tokens={self.settings.name} leaves blocks of a text out, and data.pack=true puts "
+                "several texts in a row: set data.pack=false"
             )
         if setup.run is None:
             setup.notes.append(
-                "tokens=lemo leaves tokens out of attention; memory and time are those of all"
+                f"tokens={self.settings.name} leaves tokens out of attention; memory and time are "
+                "those of all"
             )
         else:
             setup.when_wrapped.append(self.drop)

@@ -58,10 +58,8 @@ def test_trained_predictors_keep_what_attention_looks_at(trained, tmp_path):
     assert trained.recall > 0.9
     assert {*trained.predictors.layers} == {"2", "3"}
     # units that were not above 0 in 4 of 5 inputs are gone, of 512 and 4 x 8
-    widths = [
-        network.weights[0].shape[0] for network in trained.predictors.layers["2"].sides.values()
-    ]
-    assert min(widths) < 512
+    sides = trained.predictors.each()["2"].sides.values()
+    assert min(len(network.weights[1]) for network in sides) < 32
     file = tmp_path / "predictors.safetensors"
     trained.predictors.save(file)
     assert {name.rsplit(".", 1)[0] for name in load_file(file)} == {
@@ -101,7 +99,7 @@ def test_the_map_is_that_of_two_networks_summed_over_heads():
     valid[1, 6:] = False
     found = predictors.map_of(1, hidden, valid)
     expected = torch.zeros(2, 3, 3)
-    sides = predictors.layers["1"].sides
+    sides = predictors.each()["1"].sides
     for row in range(2):
         for head in range(2):
             outputs = {"q": [], "k": []}

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from petl.core.layers.class_swap import original_class
-from petl.data.tasks.packing import best_fit
+from petl.data.batch_sampler import best_fit
 
 # Positions of a row at least: a step of MiniLM with LoRA takes least time at 32 and 48 on a CPU,
 # at 128 a quarter more, for attention that is masked.
@@ -118,6 +118,7 @@ def packing_of(
     if base.config._attn_implementation not in ("sdpa", "eager") or "position_ids" not in takes:
         return None
     embedding = base.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
     longest = min(LONGEST, max_length)
     lengths = torch.tensor([longest, longest // 2, longest - longest // 2])
     mask = (torch.arange(longest) < lengths[:, None]).long()
