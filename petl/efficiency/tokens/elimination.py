@@ -107,9 +107,9 @@ class TokenAttention(SwappedClass):
         return (whole, *others)
 
 
-def at_positions(given: Arguments, positions: Tensor) -> dict[str, Any]:
+def at_positions(given: Arguments, positions: Tensor) -> Arguments:
     """Return arguments of an attention at some positions, without a cache."""
-    found: dict[str, Any] = {name: None for name in CACHES if given.get(name) is not None}
+    found: Arguments = {name: None for name in CACHES if given.get(name) is not None}
     found["hidden_states"] = taken(given["hidden_states"], positions)
     cos, sin = given["position_embeddings"]
     found["position_embeddings"] = tuple(taken(each, positions) for each in (cos, sin))

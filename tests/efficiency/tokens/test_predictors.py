@@ -82,8 +82,9 @@ def kept_tokens(model) -> torch.Tensor:
     attention = model.get_base_model().model.layers[3].self_attn
 
     def look(module, args, kwargs):
-        mask = torch.zeros(4, 64, dtype=torch.bool)
-        found.append(mask.scatter(1, module.kept, value=True))
+        if module.kept is not None:  # the oracle asks the layer first
+            mask = torch.zeros(4, 64, dtype=torch.bool)
+            found.append(mask.scatter(1, module.kept, value=True))
 
     hook = attention.register_forward_pre_hook(look, with_kwargs=True)
     for batch in batches(3):
