@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.function import once_differentiable
 
-from petl.core.layers.class_swap import SwappedClass, forward_code, swap_class
+from petl.core.layers.class_swap import SwappedClass, forward_code, mixins_of, swap_class
 from petl.core.parameters import check_module
 from petl.core.support import Capability
 from petl.efficiency.rewrite import Rewrite, Value
@@ -209,6 +209,9 @@ def _mlps(model: nn.Module) -> Iterator[dict[nn.Module, type[SwappedClass]]]:
     """Yield the parts of each MLP of a known form, with their mixins."""
     for module in model.modules():
         halves: Any = module
+        # one that keeps a part of its channels for backward has less to store already
+        if not all(mixin.computes_as_before for mixin in mixins_of(module)):
+            continue
         if _uses(module, GATED):
             yield {module: _GatedMlp}
         elif _uses(getattr(module, "intermediate", None), INTERMEDIATE) and hasattr(

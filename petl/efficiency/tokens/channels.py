@@ -41,10 +41,12 @@ class _KeptChannels(torch.autograd.Function):
             leaf = z.detach().requires_grad_()
             a = ctx.act(leaf)
         kept = grad[..., channels]
-        (to_z,) = torch.autograd.grad(a, leaf, kept * up)
+        to_up = kept * a.detach()
+        (to_z,) = torch.autograd.grad(a, leaf, kept.mul_(up))
         whole = (*grad.shape[:-1], ctx.channels)
-        spread = [part.new_zeros(whole).index_copy(-1, channels, part) for part in (to_z, kept * a)]
-        return None, None, spread[0], spread[1].detach()
+        # in place: the activations of all layers before are still held here
+        spread = (grad.new_zeros(whole).index_copy_(-1, channels, part) for part in (to_z, to_up))
+        return None, None, *spread
 
 
 class KeptMlp(SwappedClass):

@@ -248,6 +248,16 @@ def test_an_mlp_keeps_channels_for_backward(keep):
     torch.testing.assert_close(gradients(model), gradients(reference), atol=1e-7, rtol=1e-5)
 
 
+def test_other_mlps_recompute_and_those_with_fewer_channels_stay():
+    model, inputs = model_for("llama"), batch()
+    petl.drop_tokens(model, keep=KEEP, block=BLOCK, mlp_keep=0.5)
+    model(**inputs).loss.backward()
+    expected = gradients(model)
+    assert petl.recompute_mlp(model) == 2
+    model(**inputs).loss.backward()
+    torch.testing.assert_close(gradients(model), expected, atol=1e-7, rtol=1e-6)
+
+
 def constant_channels(mlp, keep):
     def forward(x):
         a, up = mlp.act_fn(mlp.gate_proj(x)), mlp.up_proj(x)
