@@ -149,7 +149,6 @@ def valid_tokens(mask: Tensor | None, hidden: Tensor) -> Tensor:
         return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if mask.dim() == 4:
         allowed = mask if mask.dtype == torch.bool else mask > -1
-        # the last query sees all keys of a causal mask; of windows, the token itself is one
         mask = allowed.diagonal(dim1=-2, dim2=-1)[:, 0]
     return mask.expand(len(hidden), -1).bool()
 
@@ -196,7 +195,8 @@ def oracle_map(layer: nn.Module, path: str, size: int, hidden: Tensor, kwargs: A
     attention.config = asking
     try:
         # a cache would get the keys a second time
-        given = {name: value for name, value in kwargs.items() if name not in CACHES}
+        left_out = (*CACHES, "hidden_states")
+        given = {name: value for name, value in kwargs.items() if name not in left_out}
         original_class(layer).forward(layer, hidden, **given)
     except _Asked as asked:
         return pooled_map(valid=valid, block=size, **asked.arguments)
