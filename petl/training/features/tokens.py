@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from peft import PeftModel
 
+from petl.core.model.modes import evaluation_mode
 from petl.core.support import Capability
 from petl.core.types import Fields
 from petl.data.streaming import StreamedRows
@@ -16,11 +18,13 @@ from petl.efficiency.tokens.settings import TokenSettings
 from petl.errors import InputError
 from petl.system.files.paths import file_of
 from petl.system.values import field, one_of
-from petl.training.features import RunFeature, Setup
+from petl.training.dataloader import FirstBatches
+from petl.training.features import Context, RunFeature, Setup
 
 if TYPE_CHECKING:
     from petl.training.runs.config import RunConfig
 
+MUCH = 0.5  # nats more of a loss, from which on it is a warning; assumption
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +43,7 @@ def has_several_texts(row: Row) -> bool:
 class DroppedTokens(RunFeature):
     """Leaves tokens out of the attention of upper layers, in training steps alone."""
 
+    key = "dropped_tokens"
     Settings = LemoConfig
     settings: LemoConfig
     uses = (Capability.TOKENS,)
@@ -73,6 +78,37 @@ class DroppedTokens(RunFeature):
         else:
             setup.when_wrapped.append(self.drop)
         return fields
+
+    def before_training(self, context: Context) -> None:
+        """Say what leaving tokens out does to the loss of a training row; a resumed run has it."""
+        if context.run.resume is not None:
+            return
+        device = context.accelerator.device
+        batch = next(iter(FirstBatches(context.splits, context.settings, device)))
+        row = {name: tensor[:1] for name, tensor in batch.items()}
+        devices = [] if device.type == "cpu" else [device]
+        # the run draws the same numbers as without these passes
+        with (
+            evaluation_mode(context.model),
+            torch.random.fork_rng(devices),
+            context.accelerator.autocast(),
+        ):
+            with torch.no_grad():
+                whole = float(context.model(**row).loss)
+            context.model.train()
+            part = float(context.model(**row).loss.detach())
+        context.add({self.key: {"loss_of_all": whole, "loss": part}}, "evaluation")
+        is_much = part > whole + MUCH
+        remedy = (
+            f": tokens.keep={self.settings.keep:g} loses much of what these layers compute; raise "
+            "it, or name fewer tokens.layers"
+        )
+        (logger.warning if is_much else logger.info)(
+            "the loss of a training row is %.2f with tokens left out, and %.2f with all of them%s",
+            part,
+            whole,
+            remedy if is_much else "",
+        )
 
     def drop(self, model: PeftModel) -> None:
         """Rewrite the model of the run."""

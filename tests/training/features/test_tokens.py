@@ -20,6 +20,10 @@ def test_a_run_trains_on_fewer_tokens_and_resumes_alike(tiny, tmp_path):  # noqa
     whole = train(words, tmp_path / "whole")
     plain = train([w for w in words if "tokens" not in w], tmp_path / "plain")
     assert losses(whole)[0] != losses(plain)[0]
+    # the loss of a row before the first step, and that of all of its tokens
+    measured = whole.scores["dropped_tokens"]
+    assert measured["loss"] != measured["loss_of_all"]
+    assert measured["loss_of_all"] == pytest.approx(losses(plain)[0], rel=0.2)
     # scores are those of all tokens
     assert whole.scores["before"] == plain.scores["before"]
     stopped = stopped_before(whole, tmp_path / "stopped", whole.checkpoints[-1])
