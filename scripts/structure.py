@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 14200,
     "efficiency": 9880,
     "data": 16960,
-    "training": 16780,
+    "training": 16810,
     "methods": 19740,
     "adapters": 9150,
     "generation": 7500,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14890, "tests": 83970}
+OTHERS = {"scripts": 14890, "tests": 83990}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
