@@ -3,8 +3,12 @@
 A training step and its peak memory: 8 layers of the shape of SmolLM2, of which the upper half keeps
 0.4 of the blocks of 64 tokens, by their norms; in a second row it also keeps 0.4 of the channels of
 its MLPs for backward. The loss is segmented in all rows.
+
+Then what is lost: the loss of a training pass of SmolLM2 on 2 x 1,024 tokens of the bundled texts,
+by what is kept.
 """
 
+import json
 from typing import Any
 
 import torch
@@ -15,6 +19,11 @@ from bench.clocks import Step, in_turn
 from bench.isolated import in_processes, peak_of_steps
 from bench.records import Record
 from bench.shapes import training_step
+from petl.data.models.loading import load_base, load_tokenizer
+from petl.data.tasks.causal_lm import CausalLM
+from petl.errors import InputError
+from petl.training.compose import compose
+from petl.training.retain.texts import FILE
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1024,
@@ -26,6 +35,16 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 TOKENS, KEEP = 4096, 0.4
+LOSS_TOKENS = 1024
+LAST = [27, 28, 29]  # of 30
+KEPT: dict[str, dict[str, Any]] = {
+    "all tokens": {"keep": 1.0},
+    "keep 0.9": {"keep": 0.9},
+    "keep 0.6": {"keep": 0.6},
+    "keep 0.4": {"keep": KEEP},
+    "keep 0.4, by the oracle": {"keep": KEEP, "scorer": "oracle"},
+    "keep 0.4, last three layers": {"keep": KEEP, "layers": LAST},
+}
 PLAIN = "lora"
 ROWS = {"tokens": {"keep": KEEP}, "tokens and channels": {"keep": KEEP, "mlp_keep": KEEP}}
 GOALS = {"goal time / LoRA": 1.0, "goal peak / LoRA": 0.7}
@@ -57,11 +76,33 @@ def measure(rounds: int, tokens: int = TOKENS, **sizes: Any) -> list[Record]:
     ]
 
 
+def losses() -> list[Record]:
+    """Return a record for each way to keep tokens; [] where SmolLM2 is not installed."""
+    settings = compose(["model=smollm2"]).model
+    try:
+        task = CausalLM(max_length=LOSS_TOKENS)
+        tokenizer = load_tokenizer(settings)
+        base = load_base(settings, task, processor=tokenizer)
+    except InputError:  # the package that has it is not there
+        return []
+    model = petl.wrap(base, "lora", r=8, target_modules=["q_proj"]).train()
+    texts = [json.loads(line)["text"] for line in FILE.read_text().splitlines()]
+    ids = tokenizer("\n\n".join(texts))["input_ids"][: 2 * LOSS_TOKENS]
+    rows = torch.tensor(ids).view(2, LOSS_TOKENS)
+    records = []
+    for row, settings in KEPT.items():
+        petl.drop_tokens(model, **settings)
+        loss = float(model(input_ids=rows, labels=rows).loss.detach())
+        shape = f"SmolLM2, loss of 2 x {LOSS_TOKENS:,} tokens"
+        records.append(Record("tokens", shape, row, facts={"loss": loss}))
+    return records
+
+
 def _step(row: str, tokens: int, sizes: dict[str, Any]) -> Step:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes}))
-        ids = torch.randint(SIZES["vocab_size"], (1, tokens))
+        ids = torch.randint(base.config.vocab_size, (1, tokens))
     model = petl.wrap(base, "lora", r=8, target_modules="block-linear").train()
     petl.fuse_lora(model)
     petl.segment_loss(model, tokens=512)

@@ -148,7 +148,7 @@ def _measures(
         "merge": lambda shape: merging.measure(rounds),
         "unet": lambda shape: unet.measure(rounds),
         "experts": lambda shape: mixture.measure(rounds),
-        "tokens": lambda shape: long_rows.measure(fewer),
+        "tokens": lambda shape: long_rows.measure(fewer) + long_rows.losses(),
         "frozen": lambda shape: (
             # once, beside the first shape
             (frozen.measure_images(rounds) if shape.name == settings.shapes[0] else [])
