@@ -73,8 +73,14 @@ def places_of(base: nn.Module, layers: str | Sequence[int]) -> dict[int, Layer]:
 
 
 def width_of_states(base: PreTrainedModel) -> int:
-    """Return H, the numbers of a hidden state."""
-    return base.config.get_text_config().hidden_size
+    """Return H; raise UnsupportedError if the heads of predictors do not divide it."""
+    config = base.config.get_text_config()
+    if config.hidden_size % config.num_attention_heads:
+        raise UnsupportedError(
+            f"predictors divide hidden states by head, and {config.num_attention_heads} heads do "
+            f"not divide hidden_size={config.hidden_size}: choose scorer=norm"
+        )
+    return config.hidden_size
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -180,7 +180,7 @@ class Predictors(nn.Module):
                 names = [f"{layer}.lemo_{side}{n}.weight" for n in range(1, LINEAR_LAYERS + 1)]
                 missing = [name for name in names if name not in tensors]
                 if missing:
-                    known = ", ".join(sorted({name.partition(".")[0] for name in tensors}, key=int))
+                    known = ", ".join(sorted({name.partition(".")[0] for name in tensors}))
                     raise InputError(f"{file} has no {missing[0]}; it has layers {known}")
                 weights = {name: tensors[name] for name in names}
                 sides.append(network_of(file, weights, block * (hidden // heads), hidden // heads))
@@ -265,8 +265,7 @@ def train_predictors(
 
     def look(layer: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: Arguments) -> None:
         states = args[0] if args else kwargs["hidden_states"]
-        given = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        target = oracle_map(module, places[layer].attention, block, states, given)
+        target = oracle_map(module, places[layer].attention, block, states, kwargs)
         found[layer] = states, valid_tokens(kwargs.get("attention_mask"), states), target
 
     hooks = [

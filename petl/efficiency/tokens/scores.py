@@ -31,7 +31,7 @@ class Choice(NamedTuple):
         blocks = math.ceil(tokens / self.block)
         # a last block that is not full is kept in all rows, so that they keep equally many tokens
         ends = self.first + self.last + (tokens % self.block > 0)
-        return min(blocks, max(math.ceil(self.keep * blocks), ends))
+        return min(blocks, max(1, math.ceil(self.keep * blocks), ends))
 
     def positions(self, scores: Tensor, valid: Tensor) -> Tensor:
         """Return the positions [B, P] of the tokens of the best blocks, ascending.

@@ -148,6 +148,7 @@ def test_all_units_idle_leave_one():
     ("changed", "settings", "words"),
     [
         ({}, {"block": 8}, "block=4"),
+        ({"notes": torch.ones(1)}, {"layers": "all"}, "no 0.lemo_q1.weight"),
         ({}, {"layers": "all"}, "no 0.lemo_q1.weight"),
         ({"2.lemo_k2.weight": torch.ones(3, 3)}, {}, "2.lemo_k2.weight has shape"),
         ({"2.lemo_q3.weight": torch.ones(9, 2)}, {}, "lemo_q3.weight has shape"),
@@ -172,3 +173,4 @@ def test_predictors_need_rows_and_a_decoder():
         train_predictors(planted(), [])
     with pytest.raises(UnsupportedError, match="can be left out"):
         train_predictors(nn.Linear(2, 2), batches(1))
+    assert 0 <= train_predictors(planted(), batches(2), block=4, keep=0.0).recall <= 1
