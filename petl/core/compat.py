@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.auto import _BaseAutoPeftModel as AutoPeftClass
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -56,7 +56,6 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.transformers_weight_conversion import (
     _MOE_TARGET_MODULE_MAPPING,
-    convert_peft_adapter_state_dict_for_transformers,
 )
 from torch import Tensor, nn
 
@@ -98,7 +97,6 @@ __all__ = [
     "renamed_targets",
     "resolve_quantization_backend",
     "svd_factors",
-    "tensors_for_stacks",
     "tuner_class",
     "tuner_of",
     "without_noise",
@@ -119,7 +117,7 @@ def without_noise() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         warnings.filterwarnings(
-            "ignore", r"(?s).*_pattern keys .*\.gate_up_proj'\]", RuntimeWarning
+            "ignore", r"(?s).*_pattern keys .*\.(gate_up|up|down)_proj'\]", RuntimeWarning
         )
         if not torch.cuda.is_available():
             warnings.filterwarnings("ignore", "Failed to load the CUDA extension")
@@ -252,14 +250,6 @@ def renamed_targets(config: PeftConfig, model: nn.Module) -> set[str]:
         if probe.target_parameters:
             return set(names)
     return set()
-
-
-def tensors_for_stacks(
-    model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors of an adapter of transformers 4, whose experts had layers, for stacks."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return convert_peft_adapter_state_dict_for_transformers(base, config, tensors)
 
 
 def read_by_kernels(config: PeftConfig, model: nn.Module, names: Iterable[str]) -> dict[str, str]:

@@ -6,29 +6,20 @@ R rank.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from petl.core.adapter_file import PREFIX
 from petl.core.compat import LoraLayer
+from petl.core.experts.checkpoints import Part, parts_of, path_in_checkpoints
 from petl.core.experts.layout import experts_of
 from petl.core.experts.lora import FusedExperts
 from petl.core.experts.stacks import Stack, stacks_of
 from petl.core.layers.layer import Factors
 from petl.errors import UnsupportedError
-
-
-class Part(NamedTuple):
-    """A projection of one expert: its path in checkpoints, and the outputs that are its own."""
-
-    path: str
-    expert: int
-    outputs: Tensor
 
 
 def split_experts(model: PeftModel, adapter_name: str = "default") -> dict[str, Factors] | None:
@@ -52,7 +43,7 @@ def split_experts(model: PeftModel, adapter_name: str = "default") -> dict[str, 
                 "vLLM serves a LoRA on all projections of experts or on none: train it with "
                 "target_modules=experts, or merge it"
             )
-    parts = {(s.path, s.name): [*parts_of(base, s)] for s in stacks}
+    parts = {(s.path, s.name): [*parts_of(base, s.path, s.module, s.name)] for s in stacks}
     if not stacks or not all(parts.values()):
         return None
     return dict(_factors(model, stacks, parts, adapter_name))
@@ -67,14 +58,14 @@ def places_of(model: PeftModel) -> Places:
     """Return the weights of the base model that a LoRA changes, by layer and expert."""
     base: Any = model.get_base_model()
     linear = [
-        (layer.get_base_layer().weight, _in_checkpoints(base, path), slice(None))
+        (layer.get_base_layer().weight, path_in_checkpoints(base, path), slice(None))
         for path, layer in base.named_modules()
         if isinstance(layer, LoraLayer) and not isinstance(layer, FusedExperts)
     ]
     return linear + [
         (stack.module.get_parameter(stack.name)[part.expert], part.path, part.outputs)
         for stack in stacks_of(model.peft_config["default"], base)
-        for part in parts_of(base, stack)
+        for part in parts_of(base, stack.path, stack.module, stack.name)
     ]
 
 
@@ -98,36 +89,7 @@ def _factors(
         if isinstance(layer, FusedExperts) or not isinstance(layer, LoraLayer):
             continue
         A, B = (sides[adapter_name].weight for sides in (layer.lora_A, layer.lora_B))
-        yield _in_checkpoints(base, path), Factors(A, B, layer.scaling[adapter_name])
-
-
-def _in_checkpoints(model: PreTrainedModel, path: str) -> str:
-    """Return the path of a linear layer in checkpoints, such as with another name of its list."""
-    name = f"{path}.weight"
-    found = revert_weight_conversion(model, {name: torch.empty(1, 1, device="meta")})
-    return next(iter(found)).removesuffix(".weight") if len(found) == 1 else path
-
-
-def parts_of(model: PreTrainedModel, stack: Stack) -> Iterator[Part]:
-    """Yield the projections of each expert of a stack as checkpoints have them; else nothing.
-
-    Which rows they are is told by transformers' own conversion, of a stack of row numbers.
-    """
-    layout = experts_of(stack.module)
-    assert layout is not None
-    experts, _, outputs = layout.shape(stack.module, stack.name)
-    # no conversion of transformers splits these
-    if layout.transposed:
-        return
-    # float32 would lose numbers above 2^24
-    numbers = torch.arange(experts * outputs).view(experts, outputs, 1)
-    name = f"{stack.path}.{stack.name}"
-    for key, rows in revert_weight_conversion(model, {name: numbers}).items():
-        # still a stack, whatever its name
-        if rows.dim() != 2 or rows.shape[1] != 1:
-            return
-        first = int(rows[0]) // outputs
-        yield Part(key.removesuffix(".weight"), first, rows[:, 0] % outputs)
+        yield path_in_checkpoints(base, path), Factors(A, B, layer.scaling[adapter_name])
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ from pathlib import Path
 from peft import PeftConfig, PeftType
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.adapter_folder import CONFIG, Folder
-from petl.core.compat import tensors_for_stacks
+from petl.core.experts.earlier_layers import to_stacks
 from petl.core.experts.stacks import Stack, saved_factors, stacked_factors, stacks_of
 from petl.core.model.names import stack_names
 from petl.errors import InputError
@@ -35,9 +36,9 @@ def in_todays_layout(folder: Folder, model: nn.Module, config: PeftConfig) -> Ge
     found = None
     if config.peft_type == PeftType.LORA:
         # a layer with a number is none of an expert where the model has no stacks, as in BART
-        if any(OF_ONE.search(key) for key in folder.shapes) and stack_names(model):
-            # PEFT converts them on loading, after the strict check of the file
-            found = tensors_for_stacks(model, config, folder.tensors)
+        of_one = any(OF_ONE.search(key) for key in folder.shapes)
+        if of_one and stack_names(model) and isinstance(model, PreTrainedModel):
+            found = to_stacks(config, model, folder.tensors, folder.weights)
         else:
             stacks = [*stacks_of(config, model)]
             if _is_earlier(folder, stacks):

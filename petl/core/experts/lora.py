@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from petl.core.adapter_folder import CONFIG
 from petl.core.compat import LoraConfig, ParamWrapper, check_adapters_to_merge
 from petl.core.experts.forward import MixedUpdates, Updates, accept_updates
 from petl.core.experts.layout import ExpertsLayout, experts_of
@@ -218,6 +219,13 @@ def created(
     """Create PEFT's layer around a parameter; around a stack, with petl's forward pass."""
     # parameters of two dimensions, and stacks without a layout, stay PEFT's
     own = _is_stack(base_layer, parameter_name)
+    if config.lora_dropout and not own:
+        raise UnsupportedError(
+            f"lora_dropout={config.lora_dropout} does not act on {parameter_name} of "
+            f"{type(base_layer).__name__}, whose layer of PEFT's has no dropout: set "
+            f"lora_dropout=0 (of a saved adapter: in its {CONFIG}), or name targets without it, "
+            "such as block-linear"
+        )
     given = _without_dropout(config) if own else config
     original(layer, base_layer, adapter_name, parameter_name, config=given, **kwargs)
     if own:
