@@ -28,19 +28,19 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3780,
     "ops": 3480,
-    "core": 14200,
+    "core": 14520,
     "efficiency": 9880,
     "data": 16960,
     "training": 16810,
     "methods": 19740,
-    "adapters": 9150,
+    "adapters": 9105,
     "generation": 7500,
     "experiments": 7150,
     "cli": 4620,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14930, "tests": 83990}
+OTHERS = {"scripts": 14930, "tests": 84350}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
