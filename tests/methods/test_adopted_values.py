@@ -94,6 +94,12 @@ class Two(nn.Module):
         ("miss", {"r": 32, "init_weights": "bat"}, "r=32 .* 48, .* first; use 16, "),
         ("miss", {"init_weights": "mini", "mini_r": 5}, "mini_r=5 .* 64, the output .* use 4, "),
         ("vblora", {"vector_length": 48}, "vector_length=48 .* 64, the input .*; use 16, "),
+        ("c3a", {"block_size": 24}, "block_size=24 does not divide 64, .* of .*; use 16, "),
+        ("c3a", {"block_size": 32}, "block_size=32 does not divide 48, .* first; use 16, "),
+        ("miss", {"r": 49}, "r=49 is above 48, the input width of first; use at most 48 "),
+        ("shira", {"r": 28}, "r=28 is above 27, the largest r.* of first; use at most 27 "),
+        ("shira", {"r": 36}, "r=36 is above 27, .* of first; use at most 27 "),
+        ("fourierft", {"n_frequency": 4000}, "n_frequency=4000 is above 3072, .* at most 3072 "),
     ],
 )
 @pytest.mark.parametrize("targets", [["first", "second"], "all-linear", "first|second"])
@@ -129,6 +135,10 @@ def test_blocks_of_size_1_and_widths_that_no_block_divides_raise():
         ("lokr", {"decompose_factor": 7}),
         ("vera", {"d_initial": -0.1}),
         ("delora", {"r": 1000}),
+        ("c3a", {"block_size": 16}),
+        ("miss", {"r": 48}),
+        ("shira", {"r": 27}),
+        ("fourierft", {"n_frequency": 3072}),
         ("randlora", {"r": 1000}),
     ],
 )
@@ -147,3 +157,27 @@ def test_valid_values_next_to_invalid_ones_train(name, fields):
     changed = [not torch.equal(p, old) for p, old in zip(trained, before, strict=True)]
     assert any(changed)
     assert all(p.isfinite().all() for p in trained)
+
+
+class Inside(nn.Module):
+    """`Two` as a part: PEFT's patterns of these methods want a name before that of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = Two()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "default", "fits", "too_large"),
+    [("c3a", "block_size", 32, 16, 24), ("fourierft", "n_frequency", 4000, 3000, 3073)],
+)
+def test_a_size_of_one_target_is_compared_with_that_target(name, field, default, fits, too_large):
+    fields = {field: default, "target_modules": ["first"]}
+    pattern = f"{field}_pattern"
+    with pytest.raises(petl.InputError, match=pattern):
+        petl.wrap(Inside(), name, **fields, **{pattern: {"first": too_large}})
+    model = petl.wrap(Inside(), name, **fields, **{pattern: {"first": fits}})
+    assert model(torch.ones(2, 48)).shape == (2, 80)

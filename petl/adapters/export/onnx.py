@@ -30,7 +30,6 @@ from petl.system.progress import Pass
 FILE = "model.onnx"
 LARGE = 1 << 30  # bytes; above, weights are in a file of their own: protobuf ends at 2 GiB
 OPSET = 20  # GELU is one operator from here on
-GENERATIVE = ("causal_lm", "seq2seq")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")  # inputs with a length
 
 
@@ -53,7 +52,7 @@ def export_onnx(saved: SavedAdapter, out: Path, tolerance: float | None) -> Outp
         need_extra("onnx", package, "petl export --onnx")
     saved = saved.in_dtype("float32")  # runtimes on a CPU have no bfloat16
     task = saved.task
-    if task.name in GENERATIVE:
+    if task.writes:
         raise UnsupportedError(
             f"a model for {task.name} generates, which `petl export --onnx` does not write; "
             "`petl merge` writes the model for other exporters, --gguf an adapter for llama.cpp"

@@ -175,8 +175,20 @@ def _head_width(block: nn.Module, projection: _Leaf) -> int | None:
 
 
 def block_widths(model: nn.Module, given: str | None = None) -> dict[str, int]:
-    """Return the width of the residual stream of each block, by path; `given` as of `blocks`."""
-    return {path: width_of(block) for path, block in blocks(model, given)}
+    """Return the width of the residual stream of each block, by path; `given` as of `blocks`.
+
+    Raises:
+        InputError: an entry of the given list has no sub-layer that tells it.
+    """
+    found = {path: width_of(block) for path, block in blocks(model, given)}
+    unknown = next((path for path, width in found.items() if given and not width), None)
+    if unknown is not None:
+        raise InputError(
+            f"blocks={given}: the width of {unknown} is not known, a "
+            f"{type(model.get_submodule(unknown)).__name__} without sub-layers; name a list of "
+            "blocks"
+        )
+    return found
 
 
 def stacks_of(model: nn.Module, given: str | None, number: int, method: str) -> list[list[str]]:

@@ -388,8 +388,9 @@ class HubModel(ModelSource):
     def check(self) -> None:
         """Raise InputError unless the Hub has the model, or without it the local cache."""
         hub, name = import_module(HUB), self.where()
-        known = hub.reachable("model", name, self.revision) or Path(name).is_dir()
-        if not known and self.local() is None:
+        # before the network is asked: it refuses what is no name
+        is_here = self.local() is not None or Path(name).is_dir()
+        if not hub.reachable("model", name, self.revision) and not is_here:
             raise self.unavailable()
 
     def unavailable(self) -> InputError:

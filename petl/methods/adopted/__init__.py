@@ -11,6 +11,7 @@ from petl.core.support import BASES, NO_CONVERSION, Capability
 from petl.methods.adopted.values import (
     check_adalora,
     check_boft,
+    check_c3a,
     check_delora,
     check_fourierft,
     check_hra,
@@ -21,8 +22,11 @@ from petl.methods.adopted.values import (
     check_vblora,
     check_vera,
     fit_boft,
+    fit_c3a,
+    fit_fourierft,
     fit_miss,
     fit_oft,
+    fit_shira,
     fit_vblora,
 )
 
@@ -146,6 +150,7 @@ adopt(
     need="few parameters",
     paper="Gao et al. 2024, PEFT with Discrete Fourier Transform, arXiv:2405.03003",
     check=check_fourierft,
+    fit=fit_fourierft,
     lacks=IGNORES_NAMES,
 )
 adopt(
@@ -163,6 +168,7 @@ adopt(
     need="a few single weights",
     paper="Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS, arXiv:2406.13175",
     check=check_shira,
+    fit=fit_shira,
     lacks={
         **NO_LORA,
         **IGNORES_NAMES,
@@ -204,5 +210,7 @@ adopt(
     summary="block-circular convolutions as the update",
     need="updates of high rank",
     paper="Chen et al. 2024, PEFT via Circular Convolution, arXiv:2407.19342",
+    check=check_c3a,
+    fit=fit_c3a,
     lacks=IGNORES_NAMES,
 )

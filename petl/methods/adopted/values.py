@@ -5,6 +5,7 @@ by name. All of them raise InputError.
 """
 
 import math
+import re
 from collections.abc import Mapping
 
 import peft
@@ -67,6 +68,28 @@ def input_widths(shapes: Shapes) -> dict[str, int]:
 def output_widths(shapes: Shapes) -> dict[str, int]:
     """Output width of each target, by description."""
     return {f"output width of {name}": rows for name, (rows, _) in shapes.items()}
+
+
+def of_target(config: PeftConfig, name: str, target: str) -> int:
+    """Return the field `name` for one target: of `<name>_pattern`, as PEFT reads it, or its own."""
+    patterns: dict[str, int] = getattr(config, f"{name}_pattern") or {}
+    found = (value for key, value in patterns.items() if re.match(rf".*\.{key}$", target))
+    return next(found, getattr(config, name))
+
+
+def at_most(value: int, name: str, largest: Mapping[str, int], what: str, hint: str = "") -> None:
+    """Raise if a value is above that of a target in `largest`; the message has the least of them.
+
+    Args:
+        what: the target's sizes are called, such as "number of weights".
+        hint: what else can be done.
+    """
+    for target, limit in largest.items():
+        if value > limit:
+            raise InputError(
+                f"{name}={value} is above {limit}, the {what} of {target}; use at most "
+                f"{min(largest.values())} for these targets{hint}, or fewer target_modules"
+            )
 
 
 # One function for each method
@@ -174,27 +197,63 @@ def fit_vblora(config: peft.VBLoRAConfig, shapes: Shapes) -> None:
 
 def check_fourierft(config: peft.FourierFTConfig) -> None:
     """Check the scaling."""
+    at_least(config, 1, "n_frequency")
     require(config.scaling != 0, "scaling=0 trains nothing: it scales the update")
+
+
+def fit_fourierft(config: peft.FourierFTConfig, shapes: Shapes) -> None:
+    """Check that no target has more coefficients than weights."""
+    default, hint = config.n_frequency, ", n_frequency_pattern for single ones"
+    own = {target: of_target(config, "n_frequency", target) for target in shapes}
+    shared = {t: math.prod(shape) for t, shape in shapes.items() if own[t] == default}
+    at_most(default, "n_frequency", shared, "number of weights", hint)
+    for target, value in own.items():
+        size = {target: math.prod(shapes[target])}
+        at_most(value, "n_frequency_pattern", size, "number of weights")
+
+
+def check_c3a(config: peft.C3AConfig) -> None:
+    """Check the size of blocks."""
+    at_least(config, 1, "block_size")
+
+
+def fit_c3a(config: peft.C3AConfig, shapes: Shapes) -> None:
+    """Check that blocks divide both widths."""
+    own = {target: of_target(config, "block_size", target) for target in shapes}
+    shared = {t: shape for t, shape in shapes.items() if own[t] == config.block_size}
+    divides(config, "block_size", input_widths(shared) | output_widths(shared))
+    for target, value in own.items():
+        for width in shapes[target]:
+            wrong = f"block_size_pattern: {value} does not divide {width}, a width of {target}"
+            require(value > 0 and width % value == 0, wrong)
 
 
 def check_shira(config: peft.ShiraConfig) -> None:
     """Check the mask type."""
     mask = config.mask_type  # PEFT has others only as Python functions
     require(mask == "random", f"mask_type={mask} is not random, the only mask that has a name")
+    at_least(config, 1, "r")
+
+
+def fit_shira(config: peft.ShiraConfig, shapes: Shapes) -> None:
+    """Check that no target trains more weights than it has: r (I + O)."""
+    largest = {target: math.prod(shape) // sum(shape) for target, shape in shapes.items()}
+    at_most(config.r, "r", largest, "largest r, for all weights,")
 
 
 def check_miss(config: peft.MissConfig) -> None:
     """Check the initialization and `mini_r`."""
     one_of(config, "init_weights", "bat", "mini")
-    at_least(config, 1, "mini_r")
+    at_least(config, 1, "r", "mini_r")
 
 
 def fit_miss(config: peft.MissConfig, shapes: Shapes) -> None:
-    """Check that ranks divide the widths that the initialization splits."""
+    """Check that ranks fit into inputs, and divide the widths that the initialization splits."""
     if config.init_weights == "bat":
         divides(config, "r", input_widths(shapes) | output_widths(shapes))
     if config.init_weights == "mini":
         divides(config, "mini_r", output_widths(shapes))
+    at_most(config.r, "r", {name: columns for name, (_, columns) in shapes.items()}, "input width")
 
 
 def check_delora(config: peft.DeloraConfig) -> None:

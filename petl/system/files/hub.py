@@ -35,8 +35,12 @@ def folder_in_cache(name: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model's revision in the local cache; None if it is not there.
 
     Its name is the commit, which transformers no longer notes in the config.
+
+    Raises:
+        InputError: the name is not valid.
     """
-    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    with answered("model", name, revision):
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
     # not str: None, or a mark that the file is known not to exist
     return Path(file).parent if isinstance(file, str) else None
 
@@ -74,11 +78,13 @@ def answered(
         InputError: the name is not valid; there is no such repository or revision, or it is gated.
     """
     folder = "datasets/" if kind == "dataset" else ""
+    here = kind == "model" and Path(name).is_dir()
+    way_out = f"; it is a folder: model=path model.path={name}" if here else ""
     try:
         yield
     except HFValidationError as error:
         raise InputError(
-            f"{name!r} is not a valid name of a {kind} on the Hub: give OWNER/NAME"
+            f"{name!r} is not a valid name of a {kind} on the Hub: give OWNER/NAME{way_out}"
         ) from error
     # before RepositoryNotFoundError, of which it is a subclass
     except GatedRepoError as error:
@@ -93,7 +99,7 @@ def answered(
     except RepositoryNotFoundError as error:
         raise InputError(
             f"the Hub has no {kind} {name!r}, or it is private: check the name, or run: "
-            "hf auth login"
+            f"hf auth login{way_out}"
         ) from error
 
 

@@ -6,6 +6,7 @@ from shutil import copyfile
 import pytest
 import torch
 from export_fixtures import adapted, save_stirred
+from image_text_fixtures import built
 from media_fixtures import AST, VIT, audio, images
 from run_page import blocks
 from tiny_tokenizers import byte_tokenizer
@@ -19,6 +20,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
 )
+from writer_fixtures import adapt
 
 import petl
 from petl import testing
@@ -26,6 +28,8 @@ from petl.adapters.export import onnx
 from petl.adapters.export.lora import export_lora
 from petl.adapters.export.onnx import FILE, Session, export_onnx
 from petl.adapters.export.saved_adapter import find
+from petl.data.tasks.base import write_task
+from petl.data.tasks.image_text import ImageText
 from petl.errors import InputError, RunStopped, UnsupportedError
 
 pytest.importorskip("onnxscript", reason="onnxscript is missing: pip install 'petl-peft[onnx]'")
@@ -178,6 +182,13 @@ def test_methods_that_do_not_merge_and_models_that_generate_are_refused(
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UnsupportedError, match="a model for causal_lm generates"):
         export_onnx(find(tmp_path / "adapter"), tmp_path / "onnx", None)
+    for part in built("llava"):
+        part.save_pretrained(tmp_path / "llava")
+    kind = type(built("llava")[0])
+    adapt(kind, tmp_path / "llava", "lora", "CAUSAL_LM", tmp_path / "of_images", 0)
+    write_task(tmp_path / "of_images", ImageText(max_length=256))
+    with pytest.raises(UnsupportedError, match="a model for image_text generates"):
+        export_onnx(find(tmp_path / "of_images"), tmp_path / "onnx", None)
     monkeypatch.setattr("petl.system.imports.extras.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs the package onnx, .*\[onnx\]'"):
         export_onnx(find(mola_run.path), tmp_path / "onnx", None)

@@ -163,3 +163,16 @@ def test_experts_are_counted_in_the_named_list_of_blocks():
     model = petl.wrap(base, "mola", blocks="0", **fields)
     layers = testing.tuner_layers(model).values()
     assert [layer.adapters["default"].num_experts for layer in layers] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["icv", "sherl"])
+def test_a_list_of_layers_that_are_no_blocks_is_refused(name):
+    base = testing.tiny_llama(layers=2)
+    base.model.heads = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    fields = (
+        {"train": True, "pairs": None, "mode": "stream", "scale": "plain", "keep_norm": False}
+        if name == "icv"
+        else {}
+    )
+    with pytest.raises(InputError, match=r"blocks=model\.heads: .* a Linear"):
+        petl.wrap(base, name, blocks="model.heads", **fields)
