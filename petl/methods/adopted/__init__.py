@@ -11,7 +11,6 @@ from petl.core.support import BASES, NO_CONVERSION, Capability
 from petl.methods.adopted.values import (
     check_adalora,
     check_boft,
-    check_c3a,
     check_delora,
     check_fourierft,
     check_hra,
@@ -210,7 +209,6 @@ adopt(
     summary="block-circular convolutions as the update",
     need="updates of high rank",
     paper="Chen et al. 2024, PEFT via Circular Convolution, arXiv:2407.19342",
-    check=check_c3a,
     fit=fit_c3a,
     lacks=IGNORES_NAMES,
 )

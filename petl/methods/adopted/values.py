@@ -212,13 +212,9 @@ def fit_fourierft(config: peft.FourierFTConfig, shapes: Shapes) -> None:
         at_most(value, "n_frequency_pattern", size, "number of weights")
 
 
-def check_c3a(config: peft.C3AConfig) -> None:
-    """Check the size of blocks."""
-    at_least(config, 1, "block_size")
-
-
 def fit_c3a(config: peft.C3AConfig, shapes: Shapes) -> None:
     """Check that blocks divide both widths."""
+    at_least(config, 1, "block_size")
     own = {target: of_target(config, "block_size", target) for target in shapes}
     shared = {t: shape for t, shape in shapes.items() if own[t] == config.block_size}
     divides(config, "block_size", input_widths(shared) | output_widths(shared))
