@@ -26,13 +26,13 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3780,
+    "system": 3790,
     "ops": 3480,
     "core": 14520,
     "efficiency": 9880,
     "data": 16960,
     "training": 16810,
-    "methods": 19740,
+    "methods": 19800,
     "adapters": 9105,
     "generation": 7500,
     "experiments": 7150,
