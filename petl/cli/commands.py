@@ -6,6 +6,7 @@ Commands import their modules when they run: most of them need torch and PEFT, w
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -260,7 +261,7 @@ def _export_format(
     from petl.adapters.export.lora import export_for_vllm, export_lora
 
     write = export_lora if engine is None else export_for_vllm
-    return write, "plain LoRA", serving_lines
+    return write, "plain LoRA", partial(serving_lines, for_vllm=engine == "vllm")
 
 
 # petl report, petl compare

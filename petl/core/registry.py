@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import (
     adjustments_refused,
@@ -283,7 +284,11 @@ def _adapted(
         is_own = entry.own and not isinstance(error, UserWarning | NotImplementedError)
         if is_own or isinstance(error, InputError):  # messages of petl need no context
             raise
-        reason = first_line(error)
+        # PEFT takes the first weight of a target, such as of a norm
+        is_bare = isinstance(error, StopIteration)
+        reason = "a target has no weights; choose others" if is_bare else first_line(error)
+        if Conv1D.__name__ in reason:
+            reason += "; lora and petl's own methods adapt them, as linear layers"
         raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
     if finish is not None:
         finish(wrapped)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import petl
+from petl import testing
 from petl.methods.adopted import values
 
 ODD = (
@@ -181,3 +182,12 @@ def test_a_size_of_one_target_is_compared_with_that_target(name, field, default,
         petl.wrap(Inside(), name, **fields, **{pattern: {"first": too_large}})
     model = petl.wrap(Inside(), name, **fields, **{pattern: {"first": fits}})
     assert model(torch.ones(2, 48)).shape == (2, 80)
+
+
+def test_what_a_tuner_of_pefts_does_not_take_is_refused_with_what_to_do():
+    with pytest.raises(petl.InputError, match=r"Conv1D\(nf=\d+, nx=\d+\).*; lora and petl's own"):
+        petl.wrap(testing.TINY_MODELS["gpt2"].base(), "c3a", block_size=4)
+    # a norm without weights, as OLMo's
+    bare = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    with pytest.raises(petl.InputError, match="has no weights; choose others"):
+        petl.wrap(bare, "ln_tuning", target_modules=["1"])

@@ -101,10 +101,13 @@ def refusal(config: Mapping[str, object], engine: Engine) -> str:
     return reason.format(engine=engine.name, type=kind, rank=rank, root=math.sqrt(rank))
 
 
-def serving_lines(folder: Path) -> list[str]:
+def serving_lines(folder: Path, *, for_vllm: bool = False) -> list[str]:
     """Return what to run so that vLLM and SGLang serve the LoRA in `folder`, or why they cannot.
 
     Empty unless it is an adapter of a causal language model.
+
+    Args:
+        for_vllm: it was written as vLLM reads experts.
     """
     # the table alone is read without torch
     from transformers.utils import CONFIG_NAME
@@ -132,7 +135,7 @@ def serving_lines(folder: Path) -> list[str]:
         engine = ENGINES[key]
         reason = "its base model has random weights" if is_random else refusal(config, engine)
         cannot = f"{engine.name} cannot serve it: {reason}; `petl serve` and a merged model can"
-        if key == "vllm" and config.get("target_parameters"):
+        if key == "vllm" and config.get("target_parameters") and not for_vllm:
             command += STACKS
         lines.append(cannot if reason else f"{engine.name}: {command}")
     return lines

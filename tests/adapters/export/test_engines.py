@@ -60,6 +60,13 @@ def test_a_base_of_random_weights_is_no_model_that_an_engine_loads(tmp_path):
         assert "its base model has random weights" in line
 
 
+def test_stacks_of_experts_are_exported_for_vllm_once(tmp_path):
+    folder = saved(tmp_path, target_parameters=["experts.down_proj"])
+    before, after = (serving_lines(folder, for_vllm=is_done)[0] for is_done in (False, True))
+    assert "--engine vllm" in before
+    assert "petl export" not in after
+
+
 def test_other_tasks_have_no_lines(tmp_path):
     assert serving_lines(saved(tmp_path, task_type="SEQ_CLS")) == []
 
