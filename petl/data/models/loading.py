@@ -17,7 +17,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.auto_factory import _get_model_class
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
@@ -427,10 +430,12 @@ def check_task_support(config: PretrainedConfig, task: Task, name: str) -> None:
     mapping = task.auto_class._model_mapping  # as a truth value it imports all configs
     # code in the repository may register the class under auto_map
     if (mapping is None or type(config) not in mapping) and auto_class not in own_code:
+        instead = "choose another model with model=hub model.name=NAME, or one of configs/model"
+        if task.writes and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            instead = "add data.task=image_text, whose rows may be without images, too"
         raise InputError(
             f"model {name} ({config.model_type}) does not support the task {task.name}: "
-            f"transformers has no {auto_class} for it; choose another model with model=hub "
-            "model.name=NAME, or one of configs/model"
+            f"transformers has no {auto_class} for it; {instead}"
         )
     decodes = getattr(config, "is_decoder", False) or config.is_encoder_decoder
     if task.name == "causal_lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from image_text_fixtures import built
 from omegaconf import OmegaConf
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
@@ -256,6 +257,17 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_an_encoder_is_refused_for_causal_lm(encoder):
     with pytest.raises(InputError, match=r"tiny is an encoder \(bert\), .* model=smollm2"):
         load_base(encoder, TEXT, meta=True)
+
+
+def test_a_model_for_images_is_told_the_task_that_trains_it_on_text(tmp_path):
+    model, processor = built("llava")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    settings = {"source": "path", "name": "path", "path": str(tmp_path)}
+    with pytest.raises(InputError, match=r"data\.task=image_text"):
+        load_base(settings, CausalLM())
+    with pytest.raises(InputError, match="another model"):
+        load_base(settings, Classification(["a", "b"]))
 
 
 def test_an_encoder_decoder_is_refused_for_plain_causal_lm(tmp_path):
