@@ -43,7 +43,7 @@ def predict(options: PredictOptions) -> None:
                 options.out,
                 options.as_ or "document",
                 options.dtype or "float32",
-                options.calibrate,
+                None if options.calibrate is None else str(options.calibrate),
             )
             write_vectors(saved, names, file, settings, options.batch_size)
             return

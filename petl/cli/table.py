@@ -475,7 +475,7 @@ class PredictOptions(BatchOptions):
     dtype: str | None = choice(
         "of vectors: int8 in 255 steps, binary as bits of signs (default: float32)", VECTOR_DTYPES
     )
-    calibrate: str | None = option(
+    calibrate: Path | None = option(
         "of int8: texts whose vectors give the range of each column (default: those of FILE)",
         file_to_read,
         metavar="FILE",

@@ -122,6 +122,14 @@ class Predictor:
 
     def outputs(self, rows: Sequence[Row]) -> dict[int, Prediction]:
         """The predictions of rows by number, from one pass of the model over them."""
+        encoded, values = self.values(rows)
+        described = ({"_number": i, **row} for i, row in enumerate(encoded))
+        return dict(self.task.described(values, described))
+
+    @torch.no_grad()
+    def values(self, rows: Sequence[Row]) -> tuple[list[Row], list[np.ndarray]]:
+        """Rows as they are encoded, and what `Task.predict` returns for each."""
+        self.model.eval()
         encoded = encode(self.task, self.processor, rows)
         collate = self.task.collate(self.processor, self.multiple)
         lengths = [len(row["input_ids"]) if "input_ids" in row else 1 for row in encoded]
@@ -132,8 +140,7 @@ class Predictor:
                 outputs = self.model(**batch)
             found = self.task.predict(outputs, batch).cpu().numpy()
             values |= dict(zip(part, found, strict=True))
-        described = ({"_number": i, **row} for i, row in enumerate(encoded))
-        return dict(self.task.described((values[i] for i in range(len(encoded))), described))
+        return encoded, [values[i] for i in range(len(encoded))]
 
     def answers(self, rows: Sequence[Row]) -> dict[int, Prediction]:
         """The generated answers to rows by number."""

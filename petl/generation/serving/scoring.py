@@ -212,7 +212,8 @@ class ScoringService:
     async def rerank(self, body: RerankRequest, request: HttpRequest) -> Response:
         """Reply to /rerank and /v1/rerank."""
         predictor, texts = served_as(body.model, self.served), body.texts
-        if not isinstance(predictor.task, Reranking):
+        task = predictor.task
+        if not isinstance(task, Reranking):
             raise ApiError(f"{body.model} is an embedder: ask it at /v1/embeddings", param="model")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         parts = chunks(order, self.engine.max_batch)
@@ -228,7 +229,7 @@ class ScoringService:
             results = [
                 {
                     "index": i,
-                    "relevance_score": scores[i],
+                    "relevance_score": task.shown_score(scores[i]),
                     **({"document": {"text": texts[i]}} if body.return_documents else {}),
                 }
                 for i in ranked
@@ -284,12 +285,10 @@ def tokens_of(predictor: Predictor, body: EmbeddingRequest) -> list[list[int]]:
 
 
 def scores_of(predictor: Predictor, rows: list[dict[str, str]]) -> tuple[list[float], int]:
-    """The scores of pairs, and their number of tokens."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    # once more than `predict` does: it keeps no counts
-    tokens = predictor.task.encode_rows(predictor.processor, columns)["input_ids"]
-    found = predictor.predict(rows)
-    return [row["prediction"] for row in found], sum(map(len, tokens))
+    """The logits of pairs, and their number of tokens."""
+    encoded, found = predictor.values([{**row, "number": i} for i, row in enumerate(rows)])
+    # not the scores that are shown: those of sure pairs are equal
+    return [float(value) for value in found], sum(len(row["input_ids"]) for row in encoded)
 
 
 def encoded(vector: np.ndarray) -> str:

@@ -154,6 +154,18 @@ def test_fewer_bits_are_those_of_sentence_transformers():
     assert quantized(values, "float16").dtype == np.float16
 
 
+def test_the_command_takes_texts_that_give_the_ranges(run, tmp_path):
+    for name, texts in (("texts", TEXTS), ("ranges", ["old dog", "a", "the saw of one"])):
+        lines = (json.dumps({"text": text}) for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    words = ("predict", run.path, tmp_path / "texts.jsonl", "--out", tmp_path / "int8.npy")
+    more = ("--dtype", "int8", "--as", "query", "--calibrate", tmp_path / "ranges.jsonl")
+    assert main([str(word) for word in (*words, *more)]) == 0
+    ranges = petl.embed(run.path, ["old dog", "a", "the saw of one"], as_="query")
+    expected = quantized(petl.embed(run.path, TEXTS, as_="query"), "int8", ranges)
+    assert np.abs(np.load(tmp_path / "int8.npy").astype(int) - expected).max() <= 1
+
+
 def test_processes_divide_the_texts_of_a_file(run, tmp_path, monkeypatch):
     file, predictor = tmp_path / "texts.jsonl", Predictor.load(run.path)
     texts = [f"the {text}" for text in TEXTS] + TEXTS

@@ -1,11 +1,13 @@
 """Vectors and scores over HTTP: in the forms of OpenAI, Jina and Cohere; hostile requests."""
 
 import base64
+import copy
 import threading
 
 import numpy as np
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from server_fixtures import started
 from training_fixtures import train
@@ -104,6 +106,23 @@ def test_documents_are_ranked_by_their_scores(api, folders, name):
         TEXTS[e["index"]] for e in found[:2]
     ]
     assert shown["usage"]["total_tokens"] > 0
+
+
+def test_documents_of_equal_probabilities_are_ranked_by_their_logits(api, service):
+    body = {"model": "reranker", "query": "the cat", "documents": TEXTS}
+    head = service.served["reranker"].model.get_base_model().classifier.modules_to_save["default"]
+    saved = copy.deepcopy(head.state_dict())
+    with torch.no_grad():
+        head.weight *= 1000
+        before = api.post("/rerank", json=body).json()
+        head.bias += 1000
+        after = api.post("/rerank", json=body).json()
+        head.load_state_dict(saved)
+    order = [each["index"] for each in before["results"]]
+    assert order != sorted(order)
+    assert {each["relevance_score"] for each in after["results"]} == {1.0}
+    assert [each["index"] for each in after["results"]] == order
+    assert after["usage"] == before["usage"]
 
 
 @pytest.mark.parametrize(

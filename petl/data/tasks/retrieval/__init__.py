@@ -51,6 +51,7 @@ from petl.data.tasks.retrieval.embedder import (
     OPTIONS,
     Embedder,
     alike_parts,
+    first_sees_itself_alone,
     whole_step,
 )
 from petl.data.tasks.retrieval.packed import Packing, layout_of, packing_of
@@ -165,8 +166,17 @@ class Retrieval(TextTask):
         cast("Embedder", model).petl_task = self
 
     def check_model(self, model: PeftModel) -> None:
-        """Let training batches be rows of several texts, if that changes no vector."""
+        """Let training batches be rows of several texts, if that changes no vector.
+
+        Raises:
+            InputError: the vector of a text would be that of its first token alone.
+        """
         base = base_of(model)
+        if self.pooling == "cls" and first_sees_itself_alone(cast("Embedder", base)):
+            raise InputError(
+                "data.pooling=cls takes the first token, which sees no other one in this base "
+                "model: all texts would have one vector; set data.pooling=last or mean"
+            )
         if computes_by_position(model):
             states_of = cast("Embedder", base).states_of
             self.packing = packing_of(base, states_of, self.max_length)
@@ -179,7 +189,9 @@ class Retrieval(TextTask):
     @property
     def similarity(self) -> str:
         """How two vectors are compared: `dot` or `cosine`."""
-        return "dot" if LOSSES[self.loss].products and not self.normalize else "cosine"
+        # with `dims`, the loss has vectors of unit length as well
+        is_product = LOSSES[self.loss].products and not self.normalize and self.dims is None
+        return "dot" if is_product else "cosine"
 
     def model_files(self, model: PreTrainedModel) -> dict[str, object]:
         """The files with which sentence-transformers opens a model of this task."""
@@ -290,8 +302,21 @@ class Retrieval(TextTask):
                 f"train.batch_size=1 leaves data.loss={self.loss} nothing to compare a row with: "
                 "raise it, such as to 32"
             )
+        if self.loss in ("triplet", "listwise"):
+            alone = sum(len(sizes) < 3 for sizes in rows["sizes"])
+            what = "negative" if self.loss == "triplet" else "second document"
+            # a list of one document adds 0; a step of such rows alone has no triplet at all
+            if alone and (self.loss == "triplet" or alone == len(rows)):
+                return (
+                    f"{alone} of {len(rows)} training rows have no {what}, with which "
+                    f"data.loss={self.loss} compares: leave them out"
+                )
+        if kind.scored_pairs and len({score for (score,) in rows["scores"]}) == 1:
+            return f"all {len(rows)} training rows have one score: nothing tells pairs apart"
         if self.loss == "supervised":
             values, counts = np.unique([score for (score,) in rows["scores"]], return_counts=True)
+            if len(values) == 1:
+                return f"all {len(rows)} training rows have one label: nothing tells texts apart"
             if (counts < 2).any():
                 return (
                     "data.loss=supervised needs two training rows of each label, and "

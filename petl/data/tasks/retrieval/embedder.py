@@ -163,6 +163,18 @@ class Embedder(SwappedClass):
         return not any(isinstance(parameter, DTensor) for parameter in base.parameters())
 
 
+@torch.no_grad()
+def first_sees_itself_alone(base: Embedder) -> bool:
+    """Return True if the state of the first token does not depend on those behind it."""
+    model = cast("PreTrainedModel", base)
+    ids = torch.tensor([[1, 2, 3], [1, 4, 5]], device=model.device)
+    was_training = model.training  # dropout would change the states
+    model.eval()
+    states = base.states_of(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model.train(was_training)
+    return torch.equal(*states[:, 0])
+
+
 def alike_parts(mask: Tensor) -> list[tuple[Tensor, int]]:
     """Rows of a padded batch that are computed apart, with their length; [] for all at once.
 

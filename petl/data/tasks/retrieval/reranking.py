@@ -261,14 +261,18 @@ class Reranking(TextTask):
         """Scores as they are shown: with `binary`, probabilities."""
         return logits.sigmoid() if self.loss == "binary" else logits
 
+    def shown_score(self, logit: float) -> float:
+        """The score of a pair as it is shown."""
+        return rounded(self.activated(torch.tensor(logit)))
+
     def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """The score of each pair, [B]: with `binary`, its probability to be relevant."""
-        return self.activated(outputs.logits.squeeze(-1).float())
+        """The logit of each pair, [B]: its order is that of the pairs."""
+        return outputs.logits.squeeze(-1).float()
 
     def described(
         self, values: Iterable[np.ndarray], rows: Iterable[Row]
     ) -> Iterator[tuple[int, Prediction]]:
-        """The score of each pair; of a document to rank also its rank, from 1."""
+        """The score of each pair from its logit; of a document to rank also its rank, from 1."""
         # twice: the rank of a pair needs all of its query
         both = [(row, float(value)) for value, row in zip(values, rows, strict=True)]
         by_query: dict[str, list[tuple[float, str]]] = {}
@@ -286,7 +290,7 @@ class Reranking(TextTask):
                 known = {"label": row["_grade"], "rank": places[row["_query_id"], row["_id"]]}
             elif "_score" in row:
                 known = {"label": row["_score"]}
-            yield row["_number"], {**known, "prediction": rounded(value)}
+            yield row["_number"], {**known, "prediction": self.shown_score(value)}
 
 
 def paired(rows: Columns) -> tuple[list[str], list[list[str]]]:

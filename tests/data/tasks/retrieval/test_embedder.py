@@ -407,3 +407,55 @@ def test_parts_save_more_positions_than_a_pass_costs():
     assert embedder.of_alike([5, 5, 6, 6, 50, 52], call=1) == [2, 2, 1, 1]
     assert embedder.of_alike([5, 5, 6, 6, 50, 52], call=1000) == [6]
     assert embedder.of_alike([7], call=0) == [1]
+
+
+def less(name: str, **fields) -> list[dict]:
+    """The rows of a loss with other values in some columns."""
+    return [{**row, **fields} for row in ROWS[name]]
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows", "batch_size", "words"),
+    [
+        ("in_batch", [{"query": q, "positive": d} for q, d in PAIRS], 1, "batch_size=1 leaves"),
+        ("in_batch", less("in_batch", query="q"), 4, "all 6 training rows have one query"),
+        (
+            "triplet",
+            [*ROWS["triplet"], *less("triplet", negatives=[])[:2]],
+            4,
+            "2 of 8 training rows have no negative",
+        ),
+        (
+            "listwise",
+            [{**r, "documents": r["documents"][:1], "scores": [1.0]} for r in ROWS["listwise"]],
+            4,
+            "6 of 6 training rows have no second document",
+        ),
+        ("cosent", less("cosent", score=0.5), 4, "all 6 training rows have one score"),
+        ("supervised", less("supervised", label=1), 4, "all 6 training rows have one label"),
+        ("supervised", [*ROWS["supervised"], {"text": "x", "label": 2}], 4, "1 of 3 labels"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused(loss, rows, batch_size, words):
+    task = Retrieval(loss=loss, max_length=64)
+
+    def reason(own, size):
+        return task.nothing_to_learn(task.encode(tokenizer(), Dataset.from_list(own)), size)
+
+    assert words in reason(rows, batch_size)
+    assert not reason(ROWS[loss], 4)
+
+
+def test_vectors_are_compared_as_the_loss_compares_them():
+    """With `dims`, each loss has vectors of unit length: products are cosines there."""
+    assert Retrieval(loss="listwise").similarity == "dot"
+    assert Retrieval(loss="listwise", normalize=True).similarity == "cosine"
+    assert Retrieval(loss="in_batch").similarity == "cosine"
+    task = Retrieval(loss="listwise", dims=[16, 4], max_length=64)
+    model, batch = model_for(task), batch_for(task, ROWS["listwise"])
+    loss = model(**batch).loss
+    # the lengths of vectors have no part in the loss
+    found = model(**{n: t for n, t in batch.items() if n not in task.label_columns})
+    longer = found.sentence_embedding * torch.arange(1, len(found.sentence_embedding) + 1)[:, None]
+    torch.testing.assert_close(loss_of(task, longer, batch), loss, atol=1e-9, rtol=1e-9)
+    assert task.similarity == "cosine"

@@ -22,6 +22,7 @@ from transformers import (
 import petl
 from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.retrieval.packed import WIDTH, Layout, layout_of
+from petl.errors import InputError
 
 SIZES = {
     "vocab_size": 300,
@@ -171,3 +172,11 @@ def test_adapters_that_read_other_positions_keep_texts_apart():
     model, task = embedder("bert", method="mola")
     task.check_model(model)
     assert task.packing is None
+
+
+def test_the_first_token_of_a_decoder_is_no_vector():
+    model, task = embedder("llama", pooling="cls")
+    with pytest.raises(InputError, match=r"data.pooling=cls .* data.pooling=last"):
+        task.check_model(model)
+    model, task = embedder("bert", pooling="cls")
+    task.check_model(model)

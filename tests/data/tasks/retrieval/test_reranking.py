@@ -204,3 +204,14 @@ def test_rows_that_tell_no_documents_apart_are_refused(folder, rows, words):
 def test_queries_without_both_kinds_of_documents_are_refused():
     with pytest.raises(InputError, match=r"none of the 2 test queries.*petl mine"):
         candidate_rows([{"query": q, "positive": "d"} for q in "ab"])
+
+
+def test_sure_pairs_have_the_ranks_of_their_logits(folder):
+    """Of the largest logits, all probabilities are 1."""
+    task, _, tokenizer = loaded(folder)
+    encoded = task.encode(tokenizer, Dataset.from_list(candidate_rows(ROWS[:1])))
+    rows = [{**row, "_number": i} for i, row in enumerate(encoded)]
+    logits = torch.tensor([30.0, 50.0, 40.0])
+    found = [each for _, each in task.described(logits.numpy(), rows)]
+    assert [each["rank"] for each in found] == [3, 1, 2]
+    assert {each["prediction"] for each in found} == {1.0}
