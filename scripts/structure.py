@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 3480,
     "core": 14520,
     "efficiency": 9880,
-    "data": 17000,
+    "data": 17010,
     "training": 16810,
     "methods": 19800,
     "adapters": 9105,

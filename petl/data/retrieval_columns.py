@@ -148,7 +148,7 @@ class RetrievalColumns(TaskColumns):
             "documents": texts,
             "scores": items(number),
             "score": number,
-            "negatives": texts,
+            "negatives": texts_or_none,
         }
         parsers["label"] = self.number_of
         found: Row = {n: read(row, own, parsers.get(n, text)) for n, own in self.columns.items()}
@@ -302,6 +302,11 @@ def texts(value: object) -> list[str]:
             return [text(value)]
         value = listed
     return [] if value == [] else items(text)(value)
+
+
+def texts_or_none(value: object) -> list[str]:
+    """Check what `texts` checks, or return [] for an empty cell."""
+    return [] if value is None or (isinstance(value, str) and not value.strip()) else texts(value)
 
 
 def retrieval_task(settings: Any, loss: str) -> "Retrieval":

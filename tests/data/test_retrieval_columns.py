@@ -79,6 +79,8 @@ def test_a_loss_chooses_among_shapes_and_columns_can_have_other_names(read):
         ("[1] see the notes", ["[1] see the notes"]),
         ("[12]", ["[12]"]),
         ([], []),
+        (" ", []),
+        (None, []),
     ],
 )
 def test_negatives_of_a_cell_are_a_list_or_a_text(read, written, expected):

@@ -42,3 +42,9 @@ def test_the_file_is_readable(tmp_path):
     saved = json.loads((tmp_path / FILE).read_text())
     assert saved == {"task": "classification", "classes": ["bad", "good"], "max_length": 48}
     assert not isinstance(read_task(tmp_path), CausalLM)
+
+
+def test_the_name_that_retrieval_had_before_is_read(tmp_path):
+    (tmp_path / FILE).write_text(json.dumps({"task": "embedding", "max_length": 48}))
+    task = read_task(tmp_path)
+    assert (task.name, task.max_length) == ("retrieval", 48)
