@@ -15,6 +15,7 @@ from petl.adapters.check.folder import PREFIX, WEIGHTS, Subject, module_of
 from petl.adapters.export.checked_folder import adapted_outputs
 from petl.adapters.export.saved_adapter import SavedAdapter, device, model_in
 from petl.core.adapter_folder import Folder
+from petl.core.experts.earlier import in_todays_layout
 from petl.core.fingerprint import Fingerprint, difference, fingerprint
 from petl.core.loading import check_file
 from petl.core.loading import load as load_adapter
@@ -121,10 +122,10 @@ def load(subject: Subject) -> Loaded:
         model = saved.base().eval()
     except InputError as error:
         raise NotCheckedError(str(error)) from error
-    file = subject.folder / WEIGHTS
     present = fingerprint(model)
     try:
-        found = check_file(model, config, file)
+        with in_todays_layout(source, model, config) as todays:
+            found = check_file(model, config, todays.weights)
     except InputError as error:
         return Loaded(saved, str(error), trained_on, "", "", [], None, [])
     below = {module_of(re.split(r"\.(?:lora_|petl_\w+_adapters)", name)[0]) for name in found}

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petl.core.compat import (
     SEQ_CLS_HEAD_NAMES,
@@ -193,10 +193,14 @@ def language_path(model: nn.Module) -> str | None:
     if not isinstance(model, PreTrainedModel):
         return None
     config = model.config
-    sees = any("vision" in name for name in (*vars(config), *config.sub_configs))
-    if not sees or getattr(config, "is_encoder_decoder", False):
+    named = [*vars(config), *config.sub_configs]
+    # an encoder reads text too (Florence-2), and may hold the tower itself (T5Gemma 2)
+    whole = getattr(config, "is_encoder_decoder", False)
+    if whole and isinstance(encoder := getattr(config, "encoder", None), PretrainedConfig):
+        named += encoder.sub_configs
+    if not any("vision" in name for name in named):
         return None
-    decoder = model.get_decoder()
+    decoder = model if whole else model.get_decoder()
     found = (name for name, module in model.named_modules() if module is decoder)
     path = next(found, None)
     if path is None:

@@ -6,11 +6,14 @@ import shutil
 import checked_folders as folders
 import pytest
 import torch
+from mixtures import SIZES
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import petl
 from petl.core.fingerprint import seal
 
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -92,6 +95,23 @@ def test_without_a_fingerprint_weights_are_not_compared(tmp_path):
     checked = petl.check(folders.healthy("lora", "llama-factory"), base=base_of(tmp_path, seed=1))
     assert checked.ok
     assert dict(checked.not_checked)["base.adapted"].startswith("no base_fingerprint.json")
+
+
+def test_an_adapter_of_transformers_4_on_experts_fits_its_base(tmp_path):
+    config = MixtralConfig(**SIZES, num_local_experts=6, num_experts_per_tok=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = {}
+    for key, W in load_file(tmp_path / "base" / "model.safetensors").items():
+        if key.endswith(".w1.weight"):
+            for side, shape in (("A", (2, W.shape[1])), ("B", (len(W), 2))):
+                name = key.replace(".weight", f".lora_{side}.weight")
+                tensors[f"base_model.model.{name}"] = torch.randn(shape)
+    save_file(tensors, folder / WEIGHTS)
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["w1"]}
+    (folder / CONFIG).write_text(json.dumps({**fields, "task_type": "CAUSAL_LM"}))
+    assert petl.check(folder, base=tmp_path / "base").ok
 
 
 def test_a_base_of_another_shape_is_an_error(saved, tmp_path):

@@ -1,8 +1,10 @@
 """The parts of a model for images and text, and where adapters go by default."""
 
+import copy
 import logging
 
 import pytest
+from image_text_fixtures import built
 from transformers import (
     CLIPConfig,
     CLIPForImageClassification,
@@ -98,6 +100,23 @@ def test_blocks_without_an_adapter_are_said_where_the_projector_has_one(caplog):
     assert line.startswith("adapters reach 0.0 %")
     assert "'language'" in line
     assert "'vision'" in line
+
+
+@pytest.mark.parametrize("kind", ["florence2", "t5gemma2"])
+def test_in_encoder_decoders_the_vision_tower_is_left_out_too_and_said(kind, caplog):
+    def model():
+        return copy.deepcopy(built(kind)[0])
+
+    with caplog.at_level(logging.INFO):
+        names = adapted(
+            petl.wrap(copy.deepcopy(built(kind)[0]), "lora", target_modules="block-linear")
+        )
+    assert {"encoder", "decoder"} <= {part for name in names for part in name.split(".")}
+    assert not any("vision" in name for name in names)
+    assert "no adapter on the part 'vision'" in caplog.text
+    names = adapted(petl.wrap(model(), "lora", target_modules="vision"))
+    assert names
+    assert all(".vision_tower." in name for name in names)
 
 
 def test_towers_for_sound_belong_to_no_part():
