@@ -107,7 +107,7 @@ class _Targets:
 
     def _alpha(self, earlier: str) -> float:
         alphas = self.config.alpha_pattern or {}
-        return alphas.get(get_pattern_key(alphas.keys(), earlier), self.config.lora_alpha)
+        return alphas.get(get_pattern_key(list(alphas), earlier), self.config.lora_alpha)
 
     def add_layer(self, tensors: dict[str, Tensor], path: str, earlier: str) -> None:
         """Give the tensors of a layer their new names; without them, the strict check tells."""
