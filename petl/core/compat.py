@@ -20,14 +20,20 @@ from peft.mapping import (
 from peft.peft_model import PeftModelForQuestionAnswering
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.adalora import AdaLoraModel
-from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator, SVDConv2d
+from peft.tuners.boft.layer import Conv2d as BOFTConv2d
 from peft.tuners.boft.layer import get_fbd_cuda
+from peft.tuners.hra.layer import HRAConv2d
 from peft.tuners.ln_tuning import LNTuningModel
 from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.loha.layer import Conv2d as LoHaConv2d
+from peft.tuners.lokr.layer import Conv2d as LoKrConv2d
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.lora.conversion import _convert_module_to_lora
+from peft.tuners.lora.layer import Conv2d as LoraConv2d
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.oft.layer import Conv2d as OFTConv2d
 from peft.tuners.oft.layer import OFTRotationModule
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import (
@@ -75,6 +81,7 @@ __all__ = [
     "ParamWrapper",
     "TrainableTokensLayer",
     "adapter_weights",
+    "adapts_convolutions",
     "adapts_norms",
     "add_beside",
     "add_method",
@@ -104,6 +111,7 @@ __all__ = [
 
 
 PACKAGE = "petl-peft"  # the name by which petl is installed
+CONVOLUTIONS = (LoraConv2d, SVDConv2d, LoHaConv2d, LoKrConv2d, OFTConv2d, BOFTConv2d, HRAConv2d)
 
 
 @contextmanager
@@ -234,6 +242,11 @@ def default_feedforward(model_type: str | None) -> list[str] | None:
 def adapts_norms(tuner: type[BaseTuner]) -> bool:
     """Return True for the tuner whose targets are norms."""
     return issubclass(tuner, LNTuningModel)
+
+
+def adapts_convolutions(tuner: type[BaseTuner]) -> bool:
+    """Return True for a tuner with a layer for `nn.Conv2d` that needs no more than targets."""
+    return tuner.tuner_layer_cls.__module__ in {layer.__module__ for layer in CONVOLUTIONS}
 
 
 def renamed_targets(config: PeftConfig, model: nn.Module) -> set[str]:
@@ -377,6 +390,17 @@ extend_method(
 )
 extend_method(LoraConfig, "save_pretrained", save_config)
 extend_method(LoraModel, "inject_adapter", with_complete_names)
+
+
+def tied_with_embedding(names: Callable[..., list[str]], tuner: BaseTuner) -> list[str]:
+    """Return the names of the modules tied with the embedding; none where the model shows none."""
+    try:
+        return names(tuner)
+    except NotImplementedError:  # of transformers, for models without `get_input_embeddings`
+        return []
+
+
+extend_method(BaseTuner, "_get_module_names_tied_with_embedding", tied_with_embedding)
 
 
 def with_tokens(
@@ -601,6 +625,24 @@ def attribute_of_norm(look_up: Callable[..., object], layer: LNTuningLayer, name
 
 
 extend_method(LNTuningLayer, "__getattr__", attribute_of_norm)
+
+
+def attribute_of_convolution(look_up: Callable[..., object], layer: Any, name: str) -> object:
+    """Look an attribute of PEFT's layer around a convolution up in that, if the layer has none.
+
+    MobileNets read stride, kernel size and dilation of theirs for the padding of TensorFlow.
+    """
+    try:
+        return look_up(layer, name)
+    except AttributeError:
+        base = layer._modules.get("base_layer")
+        if not isinstance(base, nn.Conv2d) or name not in nn.Conv2d.__constants__:
+            raise
+        return getattr(base, name)
+
+
+for _convolution in CONVOLUTIONS:
+    extend_method(_convolution, "__getattr__", attribute_of_convolution)
 # PEFT's is the base's: a kernel that reads it would compute without the adapter
 setattr(LNTuningLayer, "weight", property(lambda layer: norm_in_use(layer).weight))  # noqa: B010
 

@@ -26,6 +26,7 @@ from petl.core.model.targets import (
     check_saved,
     check_targets,
     check_tokens,
+    choose_convolutions,
     choose_default,
     leave_out,
     name_parameters,
@@ -280,8 +281,7 @@ def _adapted(
             # a UserWarning is raised here, too, for a value that PEFT would replace
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     except Exception as error:  # PEFT's methods have errors of any type for a wrong value
-        # a NotImplementedError is transformers', of a model without an embedding of tokens
-        is_own = entry.own and not isinstance(error, UserWarning | NotImplementedError)
+        is_own = entry.own and not isinstance(error, UserWarning)
         if is_own or isinstance(error, InputError):  # messages of petl need no context
             raise
         # PEFT takes the first weight of a target, such as of a norm
@@ -307,6 +307,7 @@ def _choose_targets(entry: Method, config: PeftConfig, model: nn.Module) -> None
         check_targets(config, model, no_experts=no_experts)
     else:
         check_parameters(config, model)
+        choose_convolutions(config, model, entry.tuner)
         resolve_targets(config, model, no_experts=no_experts)
         choose_default(config, model, entry.tuner, no_experts)
         if not no_experts and config.target_modules is not None:

@@ -1,10 +1,11 @@
 """What a method does on a small model: wrap, step, save, load, merge; and is anything silent."""
 
 import logging
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,8 +24,11 @@ from transformers.models.auto.modeling_auto import (
 
 import petl
 from architectures.small import Type, logits_of, loss_of
+from petl.core.compat import refused_names
 from petl.core.masks import IGNORED
+from petl.core.model.calls import uncalled
 from petl.core.model.coverage import coverage_of
+from petl.core.model.names import router_names
 from petl.core.registry import keeps_base, needs_calibration
 from petl.core.tuners.gradients import AbsentGradients, GradientCheck, kinds_of, watch_steps
 from petl.efficiency.rewrite import apply_rewrites
@@ -43,6 +48,10 @@ CHANGED = 2e-5  # likewise, of a base whose weights a method takes apart and put
 REWRITES = {"fuse_lora": True, "loss_segment": "auto", "skip_unread": True}  # of `petl train`
 REWRITTEN = (PeftType.LORA,)  # others differ in nothing that rewrites read
 REWRITE_GAP = 1e-4  # of loss and gradients, relative to the largest
+REACHES = ("lora",)  # methods that are compared with the weights that merging changes
+GAP = 0.02  # allowed between the two shares
+PARAMETER = "parameters outside of linear layers and of experts in a known layout"
+SEEN = 0.001  # a share of the block weights from which the page says what is not reached
 MERGED = 1e-3  # allowed difference of a merged model, relative to the largest logit
 # Fields that suit models of two layers and of width 64.
 SMALLER: dict[str, dict[str, Any]] = {
@@ -70,6 +79,8 @@ class Outcome:
         coverage: share of block weights that the adapters reach; None if they adapt none.
         no_gradient: kinds of trained tensors without a gradient, which petl's log names.
         merges: True, or False if merging is refused.
+        missed: why LoRA does not reach weights of the blocks, by kind of layer.
+        silent: what the log did not say, though it holds; "" if there is nothing.
     """
 
     verdict: str
@@ -77,6 +88,8 @@ class Outcome:
     coverage: float | None = None
     no_gradient: str = ""
     merges: bool = False
+    missed: dict[str, str] = field(default_factory=dict)
+    silent: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return the attributes that say something."""
@@ -120,12 +133,21 @@ def _study(each: Type, method: str, found: dict[str, Any]) -> None:
     base = each.build()
     inputs = each.inputs(base)
     before = _logits(base, inputs)
-    model = wrapped(base, inputs, method)
+    with lines_of_petl() as said:
+        model = wrapped(base, inputs, method)
     coverage = coverage_of(model)
     found["coverage"] = None if coverage is None else round(coverage.share, 3)
     found["trained"] = True
-    absent = train(model, inputs)
+    absent, idle = train(model, inputs)
     found["no_gradient"] = absent
+    if idle and not absent:
+        found["silent"] = f"no gradient at {kinds_of(idle)}"
+    if coverage is not None and method in REACHES:
+        found["missed"] = {
+            kind: why_missed(model, kind) for kind, share in coverage.missed.items() if share > SEEN
+        }
+        if str(coverage) not in " ".join(said):
+            found["silent"] = "no line about what the adapters reach"
     stir(model)
     expected = _logits(model, inputs)
     if not expected.isfinite().all():
@@ -145,6 +167,12 @@ def _study(each: Type, method: str, found: dict[str, Any]) -> None:
         raise BrokenError(f"loaded again, the outputs differ by {gap:.1e}{where}")
     check_rewrites(loaded, inputs)
     found["merges"] = _merges(model, inputs, expected)
+    if coverage is not None and method in REACHES:
+        # of merged weights, independent of what petl knows about its adapters
+        share = changed_share(each.build(), model.get_base_model())
+        told = coverage.share * (1 - sum(coverage.without.values()))
+        if abs(share - told) > GAP:
+            found["silent"] = f"merging changes {share:.3f} of the block weights, said: {told:.3f}"
 
 
 def check_rewrites(model: PeftModel, inputs: Mapping[str, Tensor]) -> None:
@@ -218,8 +246,73 @@ def wrapped(base: PreTrainedModel, inputs: Mapping[str, Tensor], method: str) ->
     return petl.wrap(base, method, calibration=calibration, **fields)
 
 
-def train(model: PeftModel, inputs: Mapping[str, Tensor]) -> str:
-    """Take two steps as a training loop does; return the kinds of tensors without a gradient."""
+def changed_share(base: nn.Module, merged: nn.Module) -> float:
+    """Return the share of the weights in lists of layers that merging changes.
+
+    Counted are tensors of two dimensions or more, embeddings left out; of convolutions over several
+    places, only those that change.
+    """
+    after, total, different = dict(merged.named_parameters()), 0, 0
+    tables = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
+    for name, before in base.named_parameters():
+        if before.dim() < 2 or "bias" in name or id(before) in tables:
+            continue
+        if not re.search(r"\.\d+\.", name):
+            continue
+        is_changed = name in after and not torch.equal(before, after[name])
+        owner = base.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, _ConvNd) and before[0, 0].numel() > 1 and not is_changed:
+            continue
+        total += before.numel()
+        different += before.numel() * is_changed
+    return different / max(total, 1)
+
+
+def why_missed(model: PeftModel, kind: str) -> str:
+    """Return why no LoRA is on the layers of a kind, which is a path with "*" for each index."""
+    base = model.get_base_model()
+    modules = dict(base.named_modules())
+    ending = re.compile(r"(.*\.)?" + re.escape(kind).replace(r"\*", r"\d+"))
+    path = next((name for name in modules if ending.fullmatch(name)), None)
+    if path is None:
+        return PARAMETER
+    why = uncalled(base, [path]) | refused_names(model.active_peft_config, base, [path])
+    if path in why:
+        return why[path]
+    if path in router_names(base):
+        return "a router of experts"
+    module = modules[path]
+    if isinstance(module, _ConvNd):
+        return "a convolution over one place"
+    return PARAMETER if not isinstance(module, nn.Linear) else f"the class {type(module).__name__}"
+
+
+@contextmanager
+def lines_of_petl() -> Iterator[list[str]]:
+    """Collect what petl logs."""
+    said, logger, level = list[str](), logging.getLogger("petl"), logging.root.manager.disable
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    before = logger.level, logger.propagate
+    logging.disable(logging.NOTSET)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+        logging.disable(level)
+
+
+def train(model: PeftModel, inputs: Mapping[str, Tensor]) -> tuple[str, list[str]]:
+    """Take two steps as a training loop does.
+
+    Returns:
+        What petl says of tensors without a gradient, and their names by a count of our own.
+    """
     hooks = petl.lifecycle(model)
     hooks.prepare([dict(inputs)])
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -235,16 +328,18 @@ def train(model: PeftModel, inputs: Mapping[str, Tensor]) -> str:
 
     watch_steps(model, look)
     model.train()
+    idle = {name for name, p in model.named_parameters() if p.requires_grad}
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         loss = loss_of(model, inputs)
         if not loss.isfinite():
             raise BrokenError(f"the loss of step {step} is {float(loss.detach())}")
         loss.backward()
+        idle -= {name for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         hooks.after_step(step, optimizer)
     model.eval()
-    return "; ".join(str(absent) for absent in said)
+    return "; ".join(str(absent) for absent in said), sorted(idle)
 
 
 def _merges(model: Any, inputs: Mapping[str, Tensor], expected: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Which share of a model's block weights its adapters reach, and which layers they do not.
 
 Counted are weights of at least two dimensions in the lists of layers: linear layers, experts, and
-convolutions over one place. Embeddings, biases, norms and convolutions over several places are not.
+convolutions over one place; those over several places where the adapters reach some of them.
+Embeddings, biases and norms are not.
 """
 
 import logging
@@ -37,6 +38,7 @@ class _Weight(NamedTuple):
     size: int
     stacked: bool
     linear: bool
+    wide: bool  # of a convolution over several places
     reached: bool
     quantized: bool
 
@@ -80,7 +82,9 @@ class Coverage:
 def coverage_of(model: PeftModel) -> Coverage | None:
     """Return the coverage of the adapters of `model`; None for a method that adapts no weight."""
     base = model.get_base_model()
-    places = {weight: place(base, weight.path) for weight in _weights(base, "")}
+    weights = [*_weights(base, "")]
+    with_wide = any(weight.wide and weight.reached for weight in weights)
+    places = {w: place(base, w.path) for w in weights if with_wide or not w.wide}
     inside = {weight: where for weight, where in places.items() if where is not None}
     counted = inside or places  # a model without lists of layers
     language = language_path(base)
@@ -193,15 +197,14 @@ def _own_weights(module: nn.Module, path: str, adapted: set[str]) -> Iterator[_W
         quantized = parameter is not None and not parameter.is_floating_point()
         if parameter is None or parameter.dim() < 2 or "bias" in name:
             continue
-        if isinstance(module, _ConvNd) and parameter[0, 0].numel() > 1:
-            continue
+        wide = isinstance(module, _ConvNd) and parameter[0, 0].numel() > 1
         # packed weights have other shapes
         size = sides if quantized and sides else parameter.numel()
         reached = name in adapted or "" in adapted
         # a module may have a matrix that is none of a linear layer
         owner = f"{path}.{name}" if name != "weight" and parameter.dim() == 2 else path
         is_linear = bool(sides) or (name == "weight" and parameter.dim() == 2)
-        yield _Weight(owner, size, in_stacks, is_linear, reached, quantized)
+        yield _Weight(owner, size, in_stacks, is_linear, wide, reached, quantized)
 
 
 def _kind(path: str, where: Place | None) -> str:

@@ -21,7 +21,7 @@ from petl.core.compat import (
     check_target_module_exists,
 )
 from petl.core.experts.layout import experts_of
-from petl.core.layers.class_swap import AdapterDict
+from petl.core.layers.class_swap import AdapterDict, original_class
 from petl.core.model.linear import linear_names
 from petl.core.model.places import place
 from petl.core.spec.facts import facts_of
@@ -30,7 +30,7 @@ from petl.ops.expert_linear import ExpertLinears
 
 PRESETS = {
     "block-linear": "every linear layer inside the transformer blocks, of experts too; of a model "
-    "for images and text, those of its language model",
+    "for images and text, those of its language model; of a model without any, its convolutions",
     "attention-linear": "those of them that belong to attention",
     "mlp-linear": "those of them that do not",
     "experts": "those of routed experts",
@@ -251,6 +251,21 @@ def block_linear_names(
     everything = [*linear, *(stack_names(model) if with_stacks else ())]
     names = names_of(part, everything, language_path(model))
     # a model without blocks has other linear layers than its head, too
+    return [name for name in names if place(model, name) is not None] or names
+
+
+def convolution_names(model: nn.Module) -> list[str]:
+    """Return the names of the 2-D convolutions inside blocks; of all if the model has no blocks.
+
+    Left out are grouped ones, whose rank must be a multiple of the groups, and subclasses with a
+    forward of their own, into whose weights no adapter could be merged.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1
+        if original_class(module).forward is nn.Conv2d.forward
+    ]
     return [name for name in names if place(model, name) is not None] or names
 
 

@@ -8,6 +8,7 @@ entry of a list of layers, such as a decoder layer; see `is_stack`.
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from petl.core.compat import (
     SEQ_CLS_HEAD_NAMES,
     BaseTuner,
+    adapts_convolutions,
     adapts_norms,
     check_target_module_exists,
     default_feedforward,
@@ -35,7 +37,9 @@ from petl.core.model.names import (
     NO_EXPERTS,
     PRESETS,
     TUTORIALS,
+    block_linear_names,
     candidate_names,
+    convolution_names,
     expand_preset,
     former_in,
     former_names,
@@ -98,13 +102,23 @@ def resolve_targets(
         if not names:
             raise InputError(
                 f"target_modules={targets!r} matches no module of {type(model).__name__}"
-                + _layer_hint(config)
+                + (_layer_hint(config) or _other_weights(model))
             )
         stacks = set(stack_names(model))
         linear = [name for name in names if name not in stacks]
         kept = without(model, linear, uncalled(model, linear)) if linear else []
         set_targets(config, model, [*kept, *(name for name in names if name in stacks)])
     check_targets(config, model, no_experts=no_experts)
+
+
+def choose_convolutions(config: Any, model: nn.Module, tuner: type[BaseTuner]) -> None:
+    """Let `block-linear` mean the convolutions of a model without linear layers, where they fit."""
+    if config.target_modules not in (None, "block-linear") or not adapts_convolutions(tuner):
+        return
+    found = [] if block_linear_names(model) else convolution_names(model)
+    names = [name for name in found if in_layers(config, model, name)]
+    if names:
+        set_targets(config, model, names)
 
 
 def set_targets(config: Any, model: nn.Module, names: Sequence[str]) -> None:
@@ -538,6 +552,20 @@ def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> Unkno
     return UnknownNameError(
         f"target {target!r} matches no module" + did_you_mean(target, [*words, *options])
     )
+
+
+def _other_weights(model: nn.Module) -> str:
+    """Return what holds the weights of a model without linear layers, in words."""
+    matrices = (m for m in model.modules() if getattr(m, "weight", None) is not None)
+    heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
+    kinds = Counter(
+        type(m).__name__
+        for m in matrices
+        if m.weight.dim() > 1 and not isinstance(m, nn.Embedding) and m not in heads
+    )
+    counts = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+    way_out = "; lora, for example, adapts Conv2d" if "Conv2d" in kinds else ""
+    return f", whose weights are in {counts}{way_out}" if kinds else ""
 
 
 def _layer_hint(config: PeftConfig) -> str:

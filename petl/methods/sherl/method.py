@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from petl.core.layers.block import place_of_argument
 from petl.core.layers.layer import LayerShape
 from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
-from petl.core.model.calls import calls_of
+from petl.core.model.calls import calls_of, place_of
 from petl.core.model.heat_map import HeatMap, finite
 from petl.core.model.names import candidate_names
 from petl.core.model.structure import block_widths, final_norm, layer_drop, norm_kind
@@ -87,6 +87,13 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
                 f"the blocks of {type(model).__name__} return {returned} numbers a token and their "
                 f"sub-layers read {widths[path]}: it has several streams, and a side network reads "
                 "one; choose another method, such as lora",
+            )
+            shape = calls.outputs.get(place_of(path), (1, 1, returned))
+            require(
+                len(shape) == 3,
+                f"the blocks of {type(model).__name__} at {path} return states of shape "
+                f"{[*shape]}, and a side network reads [N, T, K]; choose another method, such as "
+                "lora",
             )
         return [
             Target(path, LayerShape(widths[path], widths[path]), is_block=True)
