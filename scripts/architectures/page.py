@@ -28,12 +28,14 @@ rewrites that `petl train` makes by default are those without (1e-4). Models for
 texts.
 
 **{works} of {pairs} pairs of a type and a method work, {refused} are refused before training, with
-a reason; {broken} do not work.** `python scripts/architectures.py` runs it, and
-`pytest -m slow tests/scripts/test_architectures.py` compares each pair with this page.
+a reason; {broken} do not work. {silent} of {compared} types are silent: what petl says that LoRA
+reaches is the share of the block weights that merging changes, and every trained tensor without a
+gradient is named. {unreachable} types are unreachable: no method works on them.** `python scripts/architectures.py`
+runs it, and `pytest -m slow tests/scripts/test_architectures.py` compares each pair with this page.
 
 `reached` is the share of the weights in the blocks that LoRA adapts; petl logs it, with what is
-missed, when it wraps a model. `unused`: LoRA trains tensors that get no gradient in a run of texts,
-which the log names after the first steps.
+missed, when it wraps a model; the reasons are under "What LoRA does not reach". `unused`: LoRA
+trains tensors that get no gradient in a run of texts, which the log names after the first steps.
 """
 
 
@@ -54,10 +56,14 @@ def page(results: Results) -> str:
         works=verdicts.count("works"),
         refused=verdicts.count("refused"),
         broken=verdicts.count("broken"),
+        silent=sum(any(f.get("silent") for f in row["methods"].values()) for row in built.values()),
+        compared=sum("changed" in row["methods"].get("lora", {}) for row in built.values()),
+        unreachable=sum(not _works(row) for row in built.values()),
     )
     notes: dict[str, int] = {}  # reason -> number
     for kind in KINDS:
         text += f"\n## {kind}\n\n" + _table(kind, built, rare, notes)
+    text += "\n## What LoRA does not reach\n\n" + _missed(built)
     text += "\n## Reasons\n\n" + "".join(f"{n}. {reason}\n" for reason, n in notes.items())
     if rare:
         text += "\n## Methods for a few kinds of models\n\n" + "".join(
@@ -72,6 +78,29 @@ def page(results: Results) -> str:
         f"- {', '.join(names)}: {reason}\n" for reason, names in sorted(groups.items())
     )
     return text
+
+
+def _works(row: dict[str, Any]) -> bool:
+    return any(found["verdict"] == "works" for found in row["methods"].values())
+
+
+def _missed(built: Results) -> str:
+    """Return for each reason the kinds of layers that LoRA leaves out for it, with their types."""
+    by_reason: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, row in built.items():
+        by_kinds: dict[str, list[str]] = defaultdict(list)
+        for kind, reason in row["methods"].get("lora", {}).get("missed", {}).items():
+            by_kinds[reason].append(f"`{kind}`")
+        for reason, kinds in by_kinds.items():
+            by_reason[reason][", ".join(sorted(kinds))].append(name.partition("/")[2])
+    return "".join(
+        f"- {reason}:\n"
+        + "".join(
+            f"  - {kinds}: {', '.join(dict.fromkeys(types))}\n"
+            for kinds, types in sorted(groups.items(), key=lambda g: (-len(g[1]), g[0]))
+        )
+        for reason, groups in sorted(by_reason.items())
+    )
 
 
 def _rare(built: Results) -> dict[str, list[str]]:

@@ -80,6 +80,7 @@ class Outcome:
         no_gradient: kinds of trained tensors without a gradient, which petl's log names.
         merges: True, or False if merging is refused.
         missed: why LoRA does not reach weights of the blocks, by kind of layer.
+        changed: share of all block weights that merging LoRA changes.
         silent: what the log did not say, though it holds; "" if there is nothing.
     """
 
@@ -89,6 +90,7 @@ class Outcome:
     no_gradient: str = ""
     merges: bool = False
     missed: dict[str, str] = field(default_factory=dict)
+    changed: float | None = None
     silent: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -171,6 +173,7 @@ def _study(each: Type, method: str, found: dict[str, Any]) -> None:
         # of merged weights, independent of what petl knows about its adapters
         share = changed_share(each.build(), model.get_base_model())
         told = coverage.share * (1 - sum(coverage.without.values()))
+        found["changed"] = round(share, 3)
         if abs(share - told) > GAP:
             found["silent"] = f"merging changes {share:.3f} of the block weights, said: {told:.3f}"
 
