@@ -30,8 +30,9 @@ texts.
 **{works} of {pairs} pairs of a type and a method work, {refused} are refused before training, with
 a reason; {broken} do not work. {silent} of {compared} types are silent: what petl says that LoRA
 reaches is the share of the block weights that merging changes, and every trained tensor without a
-gradient is named. {unreachable} types are unreachable: no method works on them.** `python scripts/architectures.py`
-runs it, and `pytest -m slow tests/scripts/test_architectures.py` compares each pair with this page.
+gradient is named. {unreachable} types are unreachable: no method works on them.**
+`python scripts/architectures.py` runs it, and
+`pytest -m slow tests/scripts/test_architectures.py` compares each pair with this page.
 
 `reached` is the share of the weights in the blocks that LoRA adapts; petl logs it, with what is
 missed, when it wraps a model; the reasons are under "What LoRA does not reach". `unused`: LoRA

@@ -1,10 +1,16 @@
 """Types of models: a slice of each kind trains, saves and loads; all are as docs/models.md says."""
 
+from dataclasses import replace
+
 import pytest
+import torch
+from architectures import study as study_module
 from architectures.page import PAGE, page
 from architectures.small import Type
-from architectures.study import study
+from architectures.study import changed_share, study
 from architectures.sweep import read_results
+
+from petl import testing
 
 RESULTS = read_results()
 BUILT = {name: row for name, row in RESULTS.items() if "reason" not in row}
@@ -24,6 +30,8 @@ SLICE = (
     "vision/clip",
     "speech/wav2vec2",
     "speech/canary",
+    "speech/granite_speech5_ctc",  # without get_input_embeddings
+    "vision/mobilenet_v1",  # without linear layers
 )
 
 
@@ -45,6 +53,45 @@ def test_a_type_trains_saves_loads_and_merges(name, method):
     assert (found.verdict, found.detail) == ("works", "")
     assert found.coverage == BUILT[name]["methods"][method]["coverage"]
     assert found.merges == (method == "lora")
+    assert not found.silent
+
+
+def test_a_share_that_is_not_that_of_the_weights_is_silent(monkeypatch):
+    real = study_module.coverage_of
+
+    def wrong(model):
+        found = real(model)
+        return found and replace(found, share=0.5 * found.share)
+
+    monkeypatch.setattr(study_module, "coverage_of", wrong)
+    found = study(Type("causal", "llama"), "lora")
+    assert "merging changes 1.000 of the block weights" in found.silent
+
+
+def test_the_share_that_changes_is_counted_in_blocks():
+    base, merged = (testing.tiny_llama() for _ in range(2))
+    layer = merged.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        layer[0, 0] += 1
+        merged.model.embed_tokens.weight += 1  # in no block
+    blocks = sum(p.numel() for n, p in base.named_parameters() if ".layers." in n and p.dim() > 1)
+    assert changed_share(base, merged) == pytest.approx(layer.numel() / blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "reason"),
+    [
+        # image-shaped states in its encoder
+        ("image-text/pp_formulanet", "vl_pet", "gets [1, 4, 4] tokens"),
+        ("image-text/pp_formulanet", "sherl", "states of shape [1, 4, 4, 64]"),
+        ("vision/bit", "lora", "WeightStandardizedConv2d (53)"),
+        ("vision/mobilenet_v1", "mola", "lora, for example, adapts Conv2d"),
+    ],
+)
+def test_what_a_method_cannot_adapt_is_refused_with_the_reason(name, method, reason):
+    found = study(Type(*name.split("/")), method)
+    assert found.verdict == "refused"
+    assert reason in found.detail
 
 
 @pytest.mark.slow

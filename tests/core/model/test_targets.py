@@ -5,13 +5,16 @@ from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import MobileNetV1Config, MobileNetV1ForImageClassification
 
 import petl
 from petl import testing
 from petl.core.compat import check_target_module_exists
 from petl.core.model import targets
+from petl.core.model.coverage import coverage_of
 from petl.core.model.places import place
 
 BLOCKS = {"llama": 3, "bert": 2, "vit": 2, "gpt2": 2}
@@ -407,3 +410,37 @@ def test_query_value_reads_pefts_regular_expressions():
     found = targets.expand_preset("query-value", Model())
     assert {name.split(".")[0] for name in found} == {"language_model"}
     assert {name.split(".")[-1] for name in found} == {"q_proj", "v_proj"}
+
+
+def convolutional():
+    """Return a small MobileNet, which pads as TensorFlow does by the stride of its convolutions."""
+    config = MobileNetV1Config(image_size=32, depth_multiplier=0.25, initializer_range=0.2)
+    torch.manual_seed(0)
+    return MobileNetV1ForImageClassification(config).eval()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "loha", "lokr", "hra", "oft"])
+@pytest.mark.parametrize("given", [{}, {"target_modules": "block-linear"}])
+def test_a_model_without_linear_layers_has_adapters_on_its_convolutions(method, given):
+    base = convolutional()
+    names = {n for n, m in base.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
+    inside = {name for name in names if ".layer." in name}
+    assert len(inside) == 13
+    sizes = {"r": 4} if method not in ("oft", "adalora") else {}
+    sizes |= {"oft": {"oft_block_size": 4}, "adalora": {"total_step": 100}}.get(method, {})
+    model = petl.wrap(base, method, **given, **sizes)
+    assert names_in(model) == inside
+    assert coverage_of(model).share == 1
+    testing.stir(model)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        adapted = model(images).logits
+        plain = convolutional()(images).logits
+        merged = model.merge_and_unload()(images).logits
+    assert not torch.allclose(adapted, plain, rtol=1e-3)
+    torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-3 * float(adapted.abs().max()))
+
+
+def test_convolutions_are_left_alone_beside_linear_layers():
+    model = petl.wrap(testing.tiny_vit(), "lora")
+    assert not any("patch" in name for name in names_in(model))
