@@ -335,11 +335,12 @@ def one_vector(head: nn.Module, read: Tensor, logits: Tensor) -> Tensor:
     """Return the part of the head's input that gives the row's logits: [B, H] or [B, 1, H].
 
     Args:
-        read: input of the head, [B, H] or [B, T, H].
+        read: input of the head, [B, H] or [B, T, H]; of convolutional networks [B, H, 1, 1], which
+            is returned as it is.
 
     The result is a guess, which `reproduces` confirms.
     """
-    if read.dim() == 2:
+    if read.dim() != 3:
         return read
     scores = head(read)
     if scores.dim() == 2:  # the head itself selects a token, usually the first

@@ -80,10 +80,14 @@ def classifier(kind):
         return RobertaForSequenceClassification(RobertaConfig(**fields))
     config = bert_config()
     config.num_labels = 3
-    return BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config)
+    if kind == "resnet":  # the head gets [B, H, 1, 1] from the pooling
+        model.dropout = nn.Unflatten(1, (config.hidden_size, 1, 1))
+        model.classifier = nn.Sequential(nn.Flatten(), nn.Linear(config.hidden_size, 3))
+    return model
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "roberta", "resnet"])
 def test_heads_of_every_shape_are_served(parts, kind):
     _, splits, _, accelerator = parts
     base = classifier(kind).eval()
