@@ -166,6 +166,7 @@ def training_inputs(model: Any) -> dict[str, Tensor]:
     config, names = model.config, inspect.signature(model.forward).parameters
     tokens = torch.zeros(1, TOKENS, dtype=torch.long)
     found: dict[str, Any] = {}
+    # an encoder of formulas or sounds gets these, and its decoder the text
     encodes_text = model.main_input_name == "input_ids" or not config.is_encoder_decoder
     if "input_ids" in names and encodes_text:
         found["input_ids"] = tokens

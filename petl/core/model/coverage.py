@@ -83,6 +83,7 @@ def coverage_of(model: PeftModel) -> Coverage | None:
     """Return the coverage of the adapters of `model`; None for a method that adapts no weight."""
     base = model.get_base_model()
     weights = [*_weights(base, "")]
+    # the small one of a block of Mamba is no place for an adapter; those of a ResNet are
     with_wide = any(weight.wide and weight.reached for weight in weights)
     places = {w: place(base, w.path) for w in weights if with_wide or not w.wide}
     inside = {weight: where for weight, where in places.items() if where is not None}
