@@ -23,7 +23,6 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator, SVDConv2d
 from peft.tuners.boft.layer import Conv2d as BOFTConv2d
 from peft.tuners.boft.layer import get_fbd_cuda
-from peft.tuners.hra.layer import HRAConv2d
 from peft.tuners.ln_tuning import LNTuningModel
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.loha.layer import Conv2d as LoHaConv2d
@@ -111,7 +110,8 @@ __all__ = [
 
 
 PACKAGE = "petl-peft"  # the name by which petl is installed
-CONVOLUTIONS = (LoraConv2d, SVDConv2d, LoHaConv2d, LoKrConv2d, OFTConv2d, BOFTConv2d, HRAConv2d)
+# HRA's takes no padding in words
+CONVOLUTIONS = LoraConv2d, SVDConv2d, LoHaConv2d, LoKrConv2d, OFTConv2d, BOFTConv2d
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class Type:
     def inputs(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return a batch: texts for a model that reads any, else images or sounds."""
         generator = torch.Generator().manual_seed(0)
-        made = training_inputs(model)
+        made = next(training_inputs(model))
         filled = {name: _filled(name, value, generator) for name, value in made.items()}
         for name, shape in self.own.get("inputs", {}).items():
             filled[name] = torch.randn(ROWS, *shape, generator=generator)

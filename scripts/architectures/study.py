@@ -260,10 +260,11 @@ def changed_share(base: nn.Module, merged: nn.Module) -> float:
     for name, before in base.named_parameters():
         if before.dim() < 2 or "bias" in name or id(before) in tables:
             continue
-        if not re.search(r"\.\d+\.", name):
+        path = name.rpartition(".")[0]
+        if not re.search(r"\.\d+\.", path):  # an entry of a list without a module is no block
             continue
         is_changed = name in after and not torch.equal(before, after[name])
-        owner = base.get_submodule(name.rpartition(".")[0])
+        owner = base.get_submodule(path)
         if isinstance(owner, _ConvNd) and before[0, 0].numel() > 1 and not is_changed:
             continue
         total += before.numel()

@@ -83,7 +83,9 @@ def test_the_share_that_changes_is_counted_in_blocks():
     [
         # image-shaped states in its encoder
         ("image-text/pp_formulanet", "vl_pet", "gets [1, 4, 4] tokens"),
-        ("image-text/pp_formulanet", "sherl", "states of shape [1, 4, 4, 64]"),
+        ("image-text/pp_formulanet", "sherl", "return [1, 4, 4, 64]"),
+        # its blocks halve the number of tokens
+        ("speech/granite_speech5_ctc", "sherl", "a side network reads [N, T, K] of one T"),
         ("vision/bit", "lora", "WeightStandardizedConv2d (53)"),
         ("vision/mobilenet_v1", "mola", "lora, for example, adapts Conv2d"),
     ],

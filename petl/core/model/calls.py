@@ -135,6 +135,15 @@ _known: OrderedDict[int, Calls] = OrderedDict()  # by the hash of class, config 
 
 
 def _dry_pass(model: PreTrainedModel) -> Calls:
+    found = Calls(reason=f"the inputs of {type(model).__name__} are not known")
+    for inputs in training_inputs(model):
+        found = _pass_with(inputs, model)
+        if not found.reason:
+            break
+    return found
+
+
+def _pass_with(inputs: Mapping[str, Any], model: PreTrainedModel) -> Calls:
     try:
         skeleton = skeleton_of(model)
         with (
@@ -145,7 +154,7 @@ def _dry_pass(model: PreTrainedModel) -> Calls:
             torch.no_grad(),
             _Recorder(skeleton) as recorder,
         ):
-            skeleton(**training_inputs(skeleton))
+            skeleton(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()})
     # any error of any model's code: nothing is known then
     except Exception as error:
         return Calls(reason=f"a pass on shapes fails: {first_line(error)}")
@@ -161,38 +170,44 @@ def _dry_pass(model: PreTrainedModel) -> Calls:
 # The input
 
 
-def training_inputs(model: Any) -> dict[str, Tensor]:
-    """Return the inputs of a training pass of `model`, on the meta device."""
+def training_inputs(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield inputs of a training pass of `model`; of a sound, in the forms that models take."""
     config, names = model.config, inspect.signature(model.forward).parameters
     tokens = torch.zeros(1, TOKENS, dtype=torch.long)
-    found: dict[str, Any] = {}
+    common: dict[str, Any] = {}
+    if config.is_encoder_decoder and "decoder_input_ids" in names:
+        common["decoder_input_ids"] = tokens
+    if "use_cache" in names:
+        common["use_cache"] = False
     # an encoder of formulas or sounds gets these, and its decoder the text
     encodes_text = model.main_input_name == "input_ids" or not config.is_encoder_decoder
     if "input_ids" in names and encodes_text:
-        found["input_ids"] = tokens
-        if "attention_mask" in names:
-            found["attention_mask"] = torch.ones_like(tokens)
-    else:
-        found |= _other_input(model.main_input_name, config)
-    if config.is_encoder_decoder and "decoder_input_ids" in names:
-        found["decoder_input_ids"] = tokens
-    if "use_cache" in names:
-        found["use_cache"] = False
-    return found
+        masked = {"attention_mask": torch.ones_like(tokens)} if "attention_mask" in names else {}
+        yield {"input_ids": tokens, **masked, **common}
+        return
+    for shape in _shapes(model.main_input_name, config):
+        yield {model.main_input_name: torch.empty(1, *shape), **common}
 
 
-def _other_input(name: str, config: object) -> dict[str, Tensor]:
-    """Return an image, or a sound, of the size that the config gives."""
-    config = getattr(config, "vision_config", None) or config
+def _shapes(name: str, config: Any) -> Iterator[tuple[int, ...]]:
+    """Yield shapes of an image, or of a sound, of the size that the config gives."""
+    parts = [config, *(getattr(config, f"{part}_config", None) for part in ("vision", "encoder"))]
+
+    def size(*words: str, default: Any) -> Any:
+        found = (getattr(part, word, None) for part in reversed(parts) for word in words)
+        return next((value for value in found if value), default)
+
     if name == "pixel_values":
-        size = getattr(config, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-        return {name: torch.empty(1, getattr(config, "num_channels", 3), height, width)}
-    if name == "input_features":
-        bins = getattr(config, "num_mel_bins", 80)
-        frames = 2 * getattr(config, "max_source_positions", 100)
-        return {name: torch.empty(1, bins, frames)}
-    return {name: torch.empty(1, 8000)} if name == "input_values" else {}
+        sides = size("image_size", default=224)
+        height, width = (sides, sides) if isinstance(sides, int) else tuple(sides)[-2:]
+        yield size("num_channels", default=3), height, width
+    elif name in ("input_features", "input_values"):
+        bins = size("feature_projection_input_dim", "num_mel_bins", default=80)
+        frames = size("max_length", default=2 * size("max_source_positions", default=100))
+        if name == "input_values":
+            yield (8000,)  # the wave itself
+            yield 1, 8000
+        yield from ((bins, frames), (frames, bins), (frames, 4 * bins))  # four frames in one
 
 
 # The pass

@@ -88,12 +88,14 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
                 f"sub-layers read {widths[path]}: it has several streams, and a side network reads "
                 "one; choose another method, such as lora",
             )
-            shape = calls.outputs.get(place_of(path), (1, 1, returned))
+            where = place_of(path)
+            shape = calls.outputs.get(where, (1, 1, returned))
+            taken = calls.inputs.get(where, shape)
             require(
-                len(shape) == 3,
-                f"the blocks of {type(model).__name__} at {path} return states of shape "
-                f"{[*shape]}, and a side network reads [N, T, K]; choose another method, such as "
-                "lora",
+                len(shape) == 3 and taken[:2] == shape[:2],
+                f"the blocks of {type(model).__name__} at {path} take states of shape {[*taken]} "
+                f"and return {[*shape]}: a side network reads [N, T, K] of one T; choose another "
+                "method, such as lora",
             )
         return [
             Target(path, LayerShape(widths[path], widths[path]), is_block=True)

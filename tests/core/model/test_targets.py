@@ -419,7 +419,7 @@ def convolutional():
     return MobileNetV1ForImageClassification(config).eval()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "loha", "lokr", "hra", "oft"])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "loha", "lokr", "oft"])
 @pytest.mark.parametrize("given", [{}, {"target_modules": "block-linear"}])
 def test_a_model_without_linear_layers_has_adapters_on_its_convolutions(method, given):
     base = convolutional()
