@@ -28,7 +28,7 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3790,
     "ops": 3480,
-    "core": 14520,
+    "core": 14600,
     "efficiency": 9880,
     "data": 17010,
     "training": 16810,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 14930, "tests": 84350}
+OTHERS = {"scripts": 15080, "tests": 84450}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

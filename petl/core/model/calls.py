@@ -32,6 +32,7 @@ LISTS = (nn.ModuleList, nn.Sequential)
 symbolic: Any = _config  # its `patch` is added at run time
 PASSING = ("training", "layer_idx", "layer_id")  # attributes on which no call depends
 TOKENS = 16  # of the input
+Inputs = dict[str, Tensor | bool]
 KEPT = 64  # results; one is a few hundred names
 READ = "the weight is read without a call of the module"
 IDLE = "not called in a training pass"
@@ -143,7 +144,7 @@ def _dry_pass(model: PreTrainedModel) -> Calls:
     return found
 
 
-def _pass_with(inputs: Mapping[str, Any], model: PreTrainedModel) -> Calls:
+def _pass_with(inputs: Inputs, model: PreTrainedModel) -> Calls:
     try:
         skeleton = skeleton_of(model)
         with (
@@ -170,11 +171,11 @@ def _pass_with(inputs: Mapping[str, Any], model: PreTrainedModel) -> Calls:
 # The input
 
 
-def training_inputs(model: Any) -> Iterator[dict[str, Any]]:
+def training_inputs(model: PreTrainedModel) -> Iterator[Inputs]:
     """Yield inputs of a training pass of `model`; of a sound, in the forms that models take."""
     config, names = model.config, inspect.signature(model.forward).parameters
     tokens = torch.zeros(1, TOKENS, dtype=torch.long)
-    common: dict[str, Any] = {}
+    common: Inputs = {}
     if config.is_encoder_decoder and "decoder_input_ids" in names:
         common["decoder_input_ids"] = tokens
     if "use_cache" in names:
@@ -189,16 +190,16 @@ def training_inputs(model: Any) -> Iterator[dict[str, Any]]:
         yield {model.main_input_name: torch.empty(1, *shape), **common}
 
 
-def _shapes(name: str, config: Any) -> Iterator[tuple[int, ...]]:
+def _shapes(name: str, config: object) -> Iterator[tuple[int, ...]]:
     """Yield shapes of an image, or of a sound, of the size that the config gives."""
     parts = [config, *(getattr(config, f"{part}_config", None) for part in ("vision", "encoder"))]
 
-    def size(*words: str, default: Any) -> Any:
+    def size(*words: str, default: int) -> int:
         found = (getattr(part, word, None) for part in reversed(parts) for word in words)
         return next((value for value in found if value), default)
 
     if name == "pixel_values":
-        sides = size("image_size", default=224)
+        sides: int | Sequence[int] = size("image_size", default=224)
         height, width = (sides, sides) if isinstance(sides, int) else tuple(sides)[-2:]
         yield size("num_channels", default=3), height, width
     elif name in ("input_features", "input_values"):

@@ -556,12 +556,12 @@ def _no_match(target: str, names: list[str], words: Sequence[str] = ()) -> Unkno
 
 def _other_weights(model: nn.Module) -> str:
     """Return what holds the weights of a model without linear layers, in words."""
-    matrices = (m for m in model.modules() if getattr(m, "weight", None) is not None)
     heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES}
     kinds = Counter(
         type(m).__name__
-        for m in matrices
-        if m.weight.dim() > 1 and not isinstance(m, nn.Embedding) and m not in heads
+        for m in model.modules()
+        if getattr(m._parameters.get("weight"), "ndim", 0) > 1
+        if not isinstance(m, nn.Embedding) and m not in heads
     )
     counts = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
     way_out = "; lora, for example, adapts Conv2d" if "Conv2d" in kinds else ""

@@ -215,6 +215,7 @@ class ScoringService:
         task = predictor.task
         if not isinstance(task, Reranking):
             raise ApiError(f"{body.model} is an embedder: ask it at /v1/embeddings", param="model")
+        shown = task.shown_score
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         parts = chunks(order, self.engine.max_batch)
         pairs = [[{"query": body.query, "document": texts[i]} for i in part] for part in parts]
@@ -229,7 +230,7 @@ class ScoringService:
             results = [
                 {
                     "index": i,
-                    "relevance_score": task.shown_score(scores[i]),
+                    "relevance_score": shown(scores[i]),
                     **({"document": {"text": texts[i]}} if body.return_documents else {}),
                 }
                 for i in ranked
