@@ -15,6 +15,7 @@ from petl.errors import InputError
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
 LENGTHS = "sentence_bert_config.json"  # `max_seq_length`, and how a model is called
+TOKENIZER = "tokenizer_config.json"
 ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # of the modules that petl computes
 # the form of versions to 5, with a boolean for each
 FLAGS = {
@@ -55,6 +56,17 @@ class Folder:
                 f"the base model has the modules {', '.join(names)}, and petl computes "
                 f"{', '.join(ORDER)} in this order, of which there may be several Dense"
             )
+
+        if self._lowers(LENGTHS) and not self._lowers(TOKENIZER):
+            raise InputError(
+                f"{LENGTHS} of the base model has do_lower_case=true, and its tokenizer keeps "
+                f"capitals: petl gives the tokenizer texts as they are; set do_lower_case to true "
+                f"in {TOKENIZER} of a copy of the folder, or to false in {LENGTHS}"
+            )
+
+    def _lowers(self, name: str) -> bool:
+        config = cast("Mapping[str, object]", self.base.json_file(name) or {})
+        return config.get("do_lower_case") is True
 
     def dense(self) -> DenseLayers | None:
         """The layers behind the pooling; None if there are none."""

@@ -92,11 +92,18 @@ def test_the_prompt_of_documents_has_the_names_that_sentence_transformers_looks_
             {**folder({"pooling_mode": "mean"}, DENSE), "2_Dense/config.json": SOFTMAX},
             "Softmax.*Tanh",
         ),
+        ({"sentence_bert_config.json": {"do_lower_case": True}}, "do_lower_case=true"),
     ],
 )
 def test_what_petl_does_not_compute_is_refused(files, words):
     with pytest.raises(InputError, match=words):
         taken(files)
+
+
+def test_lower_case_by_the_tokenizer_is_no_reason_to_refuse():
+    lower = {"do_lower_case": True}
+    files = {"sentence_bert_config.json": lower, "tokenizer_config.json": lower}
+    assert taken(files).pooling == "mean"
 
 
 def test_an_encoder_with_a_decoder_is_refused():
