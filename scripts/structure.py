@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 3480,
     "core": 14600,
     "efficiency": 9880,
-    "data": 17010,
+    "data": 17030,
     "training": 16810,
     "methods": 19800,
     "adapters": 9105,

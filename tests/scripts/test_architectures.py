@@ -7,7 +7,7 @@ import torch
 from architectures import study as study_module
 from architectures.page import PAGE, page
 from architectures.small import Type
-from architectures.study import changed_share, study
+from architectures.study import changed_share, study, wrapped
 from architectures.sweep import read_results
 
 from petl import testing
@@ -54,6 +54,18 @@ def test_a_type_trains_saves_loads_and_merges(name, method):
     assert found.coverage == BUILT[name]["methods"][method]["coverage"]
     assert found.merges == (method == "lora")
     assert not found.silent
+
+
+@pytest.mark.parametrize("method", ["icv", "sherl"])
+def test_blocks_of_a_model_for_images_and_text_are_those_of_its_language_model(method):
+    each = Type("image-text", "llava")
+    assert study(each, method).verdict == "works"
+    base = each.build()
+    model = wrapped(base, each.inputs(base), method)
+    assert model.active_peft_config.blocks == "model.language_model.layers"
+    adapted = [*testing.tuner_layers(model)]
+    assert adapted
+    assert all("model.language_model.layers." in name for name in adapted)
 
 
 def test_a_share_that_is_not_that_of_the_weights_is_silent(monkeypatch):

@@ -14,7 +14,7 @@ from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerShape, shape_of
 from petl.core.model.linear import LINEAR_KINDS
-from petl.core.model.names import candidate_names
+from petl.core.model.names import LANGUAGE, candidate_names, language_path, names_of
 from petl.core.model.places import Place, is_stack, place
 from petl.core.parameters import is_norm
 from petl.errors import InputError
@@ -207,6 +207,13 @@ def stacks_of(model: nn.Module, given: str | None, number: int, method: str) -> 
             f"{type(model).__name__} has {lists_found(model)}, and {method} needs {one}"
         )
     return list(found.values())
+
+
+def list_of_blocks(model: nn.Module, given: str | None) -> str | None:
+    """Return `given`; null of a model for images and text: the list of its language model."""
+    language = None if given or is_encoder_decoder(model) else language_path(model)
+    found = [] if language is None else names_of(LANGUAGE, stacks(model), language)
+    return found[0] if len(found) == 1 else given
 
 
 def stacks(model: nn.Module, given: str | None = None) -> dict[str, list[str]]:

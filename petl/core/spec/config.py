@@ -240,7 +240,8 @@ def in_proportion(config: Any, r: int) -> Fields:
 def blocks_field() -> Any:
     """The field of a method that needs one list of blocks; `structure.blocks` reads it."""
     return config_field(
-        "path of the list of blocks, such as model.layers; null: the list of blocks with attention",
+        "path of the list of blocks, such as model.layers; null: the list of blocks with "
+        "attention, of a model for images and text that of its language model",
         None,
     )
 

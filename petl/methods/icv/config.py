@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from petl.core.layers.context import is_encoder_decoder
-from petl.core.model.structure import find_sublayers, stacks_of
+from petl.core.model.structure import find_sublayers, list_of_blocks, stacks_of
 from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 from petl.core.types import Fields, Record
 from petl.errors import InputError, UnsupportedError
@@ -132,11 +132,13 @@ def hosts(config: IcvConfig, model: nn.Module) -> dict[str, int]:
     """Return the path of each module whose output is shifted, with the index of its block.
 
     In mode mlp that is the smallest module around the feed-forward's linear layers, or where that
-    would be the block itself, the projection that closes the feed-forward.
+    would be the block itself, the projection that closes the feed-forward. Of a model for images
+    and text, `blocks` becomes the list of its language model.
 
     Raises:
         InputError: the model has no such block or MLP.
     """
+    config.blocks = list_of_blocks(model, config.blocks)
     (paths,) = stacks_of(model, config.blocks, 1, "icv")
     chosen = range(len(paths)) if config.layers is None else config.layers
     require(

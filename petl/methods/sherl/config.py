@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from petl.core.layers.context import is_encoder_decoder
-from petl.core.model.structure import stacks_of
+from petl.core.model.structure import list_of_blocks, stacks_of
 from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 from petl.core.tuners.gradients import has_reversible_blocks
 
@@ -83,6 +83,8 @@ class SherlLayout:
 def plan_of(config: SherlConfig, model: nn.Module) -> SherlLayout:
     """Return the stacks of `model` and the blocks that the side networks read.
 
+    Of a model for images and text, `blocks` becomes the list of its language model.
+
     Raises:
         InputError: the model has no such blocks.
     """
@@ -97,6 +99,7 @@ def plan_of(config: SherlConfig, model: nn.Module) -> SherlLayout:
         f"blocks={config.blocks} names one list, and {type(model).__name__} is an encoder-decoder, "
         "of which sherl takes two; leave it null",
     )
+    config.blocks = list_of_blocks(model, config.blocks)
     main, *encoders = stacks_of(model, config.blocks, 1 + has_encoder, "sherl")
     L = len(main)
     require(
