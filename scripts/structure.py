@@ -32,7 +32,7 @@ BUDGETS = {
     "efficiency": 9880,
     "data": 17030,
     "training": 16810,
-    "methods": 19800,
+    "methods": 19820,
     "adapters": 9105,
     "generation": 7500,
     "experiments": 7150,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15080, "tests": 84450}
+OTHERS = {"scripts": 15080, "tests": 84480}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
