@@ -237,13 +237,9 @@ def in_proportion(config: Any, r: int) -> Fields:
     return {"r": r, name: int(scaled) if scaled == int(scaled) else scaled}
 
 
-def blocks_field() -> Any:
+def blocks_field(null: str = "the list of blocks with attention") -> Any:
     """The field of a method that needs one list of blocks; `structure.blocks` reads it."""
-    return config_field(
-        "path of the list of blocks, such as model.layers; null: the list of blocks with "
-        "attention, of a model for images and text that of its language model",
-        None,
-    )
+    return config_field(f"path of the list of blocks, such as model.layers; null: {null}", None)
 
 
 def require(condition: bool, message: str) -> None:

@@ -50,7 +50,9 @@ class IcvConfig(MethodConfig):
     layers: list[int] | None = config_field(
         "indices of the blocks that are shifted, from 0; null: all", None
     )
-    blocks: str | None = blocks_field()
+    blocks: str | None = blocks_field(
+        "that with attention, of a model for images and text that of its language model"
+    )
     train: bool = config_field("train the vectors, which start at the calibrated ones", False)
     calibration_data: dict[str, Any] | None = config_field(
         "demonstrations of petl train: data, num_samples, seq_len, batch_size, seed", None

@@ -33,7 +33,9 @@ class SherlConfig(MethodConfig):
     encoder_memory: bool = config_field(
         "encoder-decoders: a second side network reads the encoder; false: it is left alone", True
     )
-    blocks: str | None = blocks_field()
+    blocks: str | None = blocks_field(
+        "that with attention, of a model for images and text that of its language model"
+    )
     train_final_norm: bool = config_field("also train and save the model's last norm", False)
 
     def check(self) -> None:
