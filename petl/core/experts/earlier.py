@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from petl.core.adapter_file import PREFIX, WEIGHTS
 from petl.core.adapter_folder import CONFIG, Folder
+from petl.core.experts.checkpoints import parts_of
 from petl.core.experts.earlier_layers import to_stacks
+from petl.core.experts.layout import experts_of
 from petl.core.experts.stacks import Stack, saved_factors, stacked_factors, stacks_of
-from petl.core.model.names import stack_names
 from petl.errors import InputError
 from petl.system.files.read import read_json
 
@@ -35,9 +36,7 @@ def in_todays_layout(folder: Folder, model: nn.Module, config: PeftConfig) -> Ge
     """
     found = None
     if config.peft_type == PeftType.LORA:
-        # a layer with a number is none of an expert where the model has no stacks, as in BART
-        of_one = any(OF_ONE.search(key) for key in folder.shapes)
-        if of_one and stack_names(model) and isinstance(model, PreTrainedModel):
+        if isinstance(model, PreTrainedModel) and _has_layers_of_experts(folder, model):
             found = to_stacks(config, model, folder.tensors, folder.weights)
         else:
             stacks = [*stacks_of(config, model)]
@@ -50,6 +49,20 @@ def in_todays_layout(folder: Folder, model: nn.Module, config: PeftConfig) -> Ge
         config.save_pretrained(place)
         save_file({k: t.contiguous() for k, t in found.items()}, Path(place) / WEIGHTS)
         yield Folder(place)
+
+
+def _has_layers_of_experts(folder: Folder, model: PreTrainedModel) -> bool:
+    """Return True if the file has layers of single experts, which are stacks in `model`."""
+    # most files have no layer with a number; those of LongCat's dense layers have one, too
+    if not any(OF_ONE.search(key) for key in folder.shapes):
+        return False
+    owners = ((path, module, experts_of(module)) for path, module in model.named_modules())
+    return any(
+        f"{PREFIX}{part.path}.lora_A.weight" in folder.shapes
+        for path, module, layout in owners
+        for name in (layout.stacks if layout else ())
+        for part in parts_of(model, path, module, name)
+    )
 
 
 def _is_earlier(folder: Folder, stacks: Sequence[Stack]) -> bool:
