@@ -47,7 +47,7 @@ tests/adapters/export/test_lora.py). The cells of a row hold for the kinds of ba
 models in its last column: dense, with stacked experts (Qwen3-MoE, gpt-oss), Mamba, images and text
 (LLaVA), and a module of PyTorch without a config. Two do not hold everywhere: exporting a LoRA
 for Mamba, since PEFT has none on its `out_proj`; `torch.compile` with experts, at which the graph
-breaks (`mos`: it does not).
+breaks (`mos`: it does not), and with images and text, where it breaks in the base model itself.
 `python scripts/support.py` writes this page from what methods `lacks`; a test compares it with the
 code.
 

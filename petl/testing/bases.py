@@ -53,7 +53,7 @@ def tiny_llava(layers: int = 2) -> LlavaForConditionalGeneration:
         "bos_token_id": 1,
         "eos_token_id": None,
     }
-    text = create_config(LlamaConfig, **sizes, **ids, num_key_value_heads=2)
+    text = create_config(LlamaConfig, **sizes, **ids, num_key_value_heads=2, use_cache=False)
     vision = create_config(CLIPVisionConfig, **sizes, image_size=16, patch_size=8)
     config = create_config(
         LlavaConfig,
@@ -135,6 +135,6 @@ BEYOND = ("dkvb", "pyra", "scedit", "vl_pet")
 NO_ATTENTION = ("adapter", "binary", "compacter", "dsee", "icv", "polyhistor", "sherl")
 REFUSED = {
     "mamba": (*NO_ATTENTION, *BEYOND),
-    "llava": ("icv", "sherl", *BEYOND),
+    "llava": BEYOND,
     "plain": (*NO_ATTENTION, *BEYOND),
 }

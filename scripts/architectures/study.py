@@ -258,7 +258,7 @@ def changed_share(base: nn.Module, merged: nn.Module) -> float:
     after, total, different = dict(merged.named_parameters()), 0, 0
     tables = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
     for name, before in base.named_parameters():
-        if before.dim() < 2 or "bias" in name or id(before) in tables:
+        if before.dim() < 2 or "bias" in name.rpartition(".")[2] or id(before) in tables:
             continue
         path = name.rpartition(".")[0]
         if not re.search(r"\.\d+\.", path):  # an entry of a list without a module is no block
