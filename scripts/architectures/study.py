@@ -142,6 +142,7 @@ def _study(each: Type, method: str, found: dict[str, Any]) -> None:
     found["trained"] = True
     absent, idle = train(model, inputs)
     found["no_gradient"] = absent
+    idle = [name for name in idle if "expert" not in name]  # named once all had a chance
     if idle and not absent:
         found["silent"] = f"no gradient at {kinds_of(idle)}"
     if coverage is not None and method in REACHES:
@@ -169,7 +170,7 @@ def _study(each: Type, method: str, found: dict[str, Any]) -> None:
         raise BrokenError(f"loaded again, the outputs differ by {gap:.1e}{where}")
     check_rewrites(loaded, inputs)
     found["merges"] = _merges(model, inputs, expected)
-    if coverage is not None and method in REACHES:
+    if coverage is not None and method in REACHES and found["merges"]:
         # of merged weights, independent of what petl knows about its adapters
         share = changed_share(each.build(), model.get_base_model())
         told = coverage.share * (1 - sum(coverage.without.values()))

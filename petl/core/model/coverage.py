@@ -85,21 +85,24 @@ def coverage_of(model: PeftModel) -> Coverage | None:
     weights = [*_weights(base, "")]
     # the small one of a block of Mamba is no place for an adapter; those of a ResNet are
     with_wide = any(weight.wide and weight.reached for weight in weights)
-    places = {w: place(base, w.path) for w in weights if with_wide or not w.wide}
-    inside = {weight: where for weight, where in places.items() if where is not None}
-    counted = inside or places  # a model without lists of layers
+    everywhere = [(w, place(base, w.path)) for w in weights if with_wide or not w.wide]
+    inside = [(weight, where) for weight, where in everywhere if where is not None]
+    counted = inside or everywhere  # a model without lists of layers
     language = language_path(base)
     # a projector is in no block
-    seen = counted if language is None else places
-    if not any(weight.reached for weight in seen):
+    seen = counted if language is None else everywhere
+    if not any(weight.reached for weight, _ in seen):
         return None
-    parts = {w: LANGUAGE if language is None else part_in(w.path, language) for w in counted}
-    adapted = {parts[weight] for weight in counted if weight.reached}
+
+    def part_of(weight: _Weight) -> str:
+        return LANGUAGE if language is None else part_in(weight.path, language)
+
+    adapted = {part_of(weight) for weight, _ in counted if weight.reached}
     sizes, missed, without = Counter[bool](), Counter[str](), Counter[str]()
     stacked = linear = 0
-    for weight, where in counted.items():
-        if parts[weight] not in adapted:
-            without[parts[weight]] += weight.size
+    for weight, where in counted:
+        if part_of(weight) not in adapted:
+            without[part_of(weight)] += weight.size
             continue
         sizes[weight.reached] += weight.size
         if not weight.reached:
@@ -107,12 +110,12 @@ def coverage_of(model: PeftModel) -> Coverage | None:
             stacked += weight.size * weight.stacked
             linear += weight.size * weight.linear
     all_blocks, with_adapters = (
-        {(w.stack, w.index) for each, w in inside.items() if parts[each] in adapted and take(each)}
+        {(w.stack, w.index) for each, w in inside if part_of(each) in adapted and take(each)}
         for take in (lambda each: True, lambda each: each.reached)
     )
     total = max(sizes.total(), 1)
     everything = sizes.total() + without.total()
-    full = sum(w.size for w in counted if not w.quantized and parts[w] in adapted) / total
+    full = sum(w.size for w, _ in counted if not w.quantized and part_of(w) in adapted) / total
     return Coverage(
         sizes[True] / total,
         {kind: size / total for kind, size in missed.most_common()},

@@ -41,6 +41,21 @@ def test_the_share_is_that_of_the_weights_of_the_blocks():
     assert "adapters reach 33.3 % of the block weights; not reached: mlp.gate_proj" in str(found)
 
 
+def test_each_of_several_equal_parameters_of_a_module_counts():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("gate", "up", "down"):
+                self.register_parameter(name, nn.Parameter(torch.ones(2, 4, 4)))
+
+    model = testing.tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.shared = Shared()
+    found = coverage_of(petl.wrap(model, "lora", target_modules="block-linear"))
+    linear = sum(p.numel() for n, p in model.named_parameters() if "base_layer" in n)
+    assert found.share == pytest.approx(linear / (linear + 3 * 3 * 32))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit"])
 @pytest.mark.parametrize("method", ["lora", "mola"])
 def test_the_layers_of_a_dense_model_are_all_reached(name, method):
