@@ -186,8 +186,11 @@ def training_inputs(model: PreTrainedModel) -> Iterator[Inputs]:
         masked = {"attention_mask": torch.ones_like(tokens)} if "attention_mask" in names else {}
         yield {"input_ids": tokens, **masked, **common}
         return
-    for shape in _shapes(model.main_input_name, config):
+    shapes = [*_shapes(model.main_input_name, config)]
+    for shape in shapes:
         yield {model.main_input_name: torch.empty(1, *shape), **common}
+    if not shapes:  # of a name that is not known
+        yield common
 
 
 def _shapes(name: str, config: object) -> Iterator[tuple[int, ...]]:
