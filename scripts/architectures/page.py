@@ -28,9 +28,10 @@ rewrites that `petl train` makes by default are those without (1e-4). Models for
 texts.
 
 **{works} of {pairs} pairs of a type and a method work, {refused} are refused before training, with
-a reason; {broken} do not work. {silent} of {compared} types are silent: what petl says that LoRA
-reaches is the share of the block weights that merging changes, and every trained tensor without a
-gradient is named. {unreachable} types are unreachable: no method works on them.**
+a reason; broken: {broken}. {silent} of {compared} types are silent: what petl says that LoRA
+reaches is the share of the block weights that merging changes, and trained tensors without a
+gradient are named, those of experts in longer runs only. {unreachable} types are unreachable: no
+method works on them.**
 `python scripts/architectures.py` runs it, and
 `pytest -m slow tests/scripts/test_architectures.py` compares each pair with this page.
 

@@ -46,7 +46,7 @@ ROUTED = ("causal/gpt_oss", "causal/mamba", "image-text/llava")
         pytest.param(name, method, marks=[] if name in quick else pytest.mark.thorough)
         for method, quick in (("lora", FEW), ("mola", ROUTED))
         for name in SLICE
-        if BUILT[name]["methods"][method]["verdict"] == "works"
+        if (name, method) != ("vision/mobilenet_v1", "mola")  # adapts linear layers, refused below
     ],
 )
 def test_a_type_trains_saves_loads_and_merges(name, method):
