@@ -69,7 +69,7 @@ def test_extras_that_pages_name_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = set(project["optional-dependencies"])
     for page in PAGES:
-        for found in re.findall(r"'?\.\[([\w,]+)\]'?", page.read_text()):
+        for found in re.findall(r"(?<=['`])\.\[([\w,]+)\]", page.read_text()):
             assert set(found.split(",")) <= extras, f"{page.name}: {found}"
 
 
