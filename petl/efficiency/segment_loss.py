@@ -10,7 +10,6 @@ Source of the idea: Wang et al., "LeMo: Enabling LEss Token Involvement for MOre
 Fine-tuning", arXiv 2501.09767.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -127,8 +126,11 @@ class _SegmentedLoss(SwappedClass):
         if not is_segmented(self, kwargs):
             return own(*args, **kwargs)
         decoder, outputs = cast(nn.Module, decoder_of(self)), []
-        # the model passes only logits to its loss function: hidden states come from the hook
-        hook = decoder.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        # the model passes only logits to its loss function: hidden states come from the hooks
+        hooks = [
+            module.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
+            for module in [*_around(self, decoder)[1:], decoder]
+        ]
         # `loss_function` is a property of transformers that stores what is set in this name
         before = self.__dict__.get("_loss_function")
         self.loss_function = partial(_loss, self, own, outputs)
@@ -136,7 +138,8 @@ class _SegmentedLoss(SwappedClass):
             # 1, the fewest: 0 means all logits there
             output = own(*args, **{**kwargs, "logits_to_keep": 1})
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             del self._loss_function
             if before is not None:
                 self.loss_function = before
@@ -196,15 +199,29 @@ def is_training(model: CausalModel, kwargs: Arguments) -> bool:
 
 
 def _loss(
-    model: Any, own: Callable[..., Any], outputs: list[Any], *args: object, **kwargs: object
+    model: Any,
+    own: Callable[..., Any],
+    outputs: list[tuple[nn.Module, Any]],
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
-    """Return the loss of `ForCausalLMLoss` from the decoder's last output; logits are not read."""
+    """Return the loss of `ForCausalLMLoss` from the decoder's last output; logits are not read.
+
+    Args:
+        outputs: what the decoder and the modules around it returned, the outermost last.
+    """
     given: Arguments = inspect.signature(ForCausalLMLoss).bind(*args, **kwargs).arguments
     ignore, items = given.get("ignore_index", -100), given.get("num_items_in_batch")
     shift_labels = given.get("shift_labels")
-    output = outputs[-1]
+    decoder = decoder_of(model)
     # last_hidden_state comes first in every decoder's output
-    hidden = output[0]
+    hidden = next(output for module, output in reversed(outputs) if module is decoder)[0]
+    # the outermost with these states: what is inside it (an encoder of sounds) is not called again
+    module, output = next(
+        (module, output)
+        for module, output in reversed(outputs)
+        if module is decoder or getattr(output, "last_hidden_state", None) is hidden
+    )
     if shift_labels is None:
         shift_labels = shifted(given["labels"], ignore)
     if hidden.shape[:-1] != shift_labels.shape:
@@ -212,7 +229,7 @@ def _loss(
             f"labels of shape {tuple(shift_labels.shape)} do not fit hidden states of shape "
             f"{tuple(hidden.shape)}"
         )
-    tail = partial(_logits, model, own, output)
+    tail = partial(_logits, model, own, module, output)
     # the terms need the head's own pass over all positions, gradients included
     if _records_terms(model):
         given["logits"] = tail(hidden)
@@ -252,17 +269,19 @@ def _is_linear(layer: nn.Module) -> bool:
     return type(layer) in LINEAR and has_no_hooks(layer) and type(layer.weight) in WEIGHT_TYPES
 
 
-def _logits(model: Any, own: Callable[..., Any], output: Any, hidden: Tensor) -> Tensor:
-    """Return the logits [B, T, V] that the model's forward makes of hidden states [B, T, D]."""
+def _logits(
+    model: Any, own: Callable[..., Any], module: nn.Module, output: Any, hidden: Tensor
+) -> Tensor:
+    """Return the logits [B, T, V] that the model's forward makes of hidden states [B, T, D].
+
+    Args:
+        module: the decoder, or a module around it, which returned `output`.
+    """
     # the same class of output, since a model may read fields beside hidden states
-    returned = copy.copy(output)
-    for name in returned:
-        returned[name] = None
-    returned["last_hidden_state"] = hidden
-    # never read: the decoder is replaced; forward requires ids of the shape
+    returned = type(output)(last_hidden_state=hidden)
+    # never read: the module is replaced; forward requires ids of the shape
     ids = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-    decoder = cast(nn.Module, decoder_of(model))
-    with _returning(decoder, returned), _evaluating(_around(model, decoder)):
+    with _returning(module, returned), _evaluating(_around(model, module)):
         return own(input_ids=ids, use_cache=False).logits
 
 

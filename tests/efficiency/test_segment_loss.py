@@ -22,6 +22,9 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
     MixtralConfig,
     MixtralForCausalLM,
     PhiConfig,
@@ -144,6 +147,42 @@ def test_loss_and_gradients_are_the_models_own(name, head):
         output, grads = step(segmented(model, tokens), inputs)
         assert output.logits is None
         assert_same_step(step(model, inputs), (output, grads))
+
+
+class NeedsImages(LlavaModel):
+    """A model inside a causal LM that requires images; that of Voxtral Realtime requires sounds."""
+
+    def forward(self, *args, pixel_values=None, **kwargs):
+        assert pixel_values is not None
+        return super().forward(*args, pixel_values=pixel_values, **kwargs)
+
+
+def test_an_encoder_of_images_is_called_once():
+    text = {**GROUPED, "model_type": "llama"}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    vision = {**sizes, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4}
+    config = LlavaConfig(
+        vision_config={**vision, "num_hidden_layers": 2},
+        text_config=text,
+        image_token_index=V - 1,
+        image_seq_length=4,
+    )
+    torch.manual_seed(0)
+    base = LlavaForConditionalGeneration(config)
+    base.model.__class__ = NeedsImages
+    targets = r".*language_model.*(q_proj|v_proj)|lm_head"
+    model = petl.wrap(base, "lora", target_modules=targets, task_type="CAUSAL_LM").train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    inputs = batch(pixel_values=torch.randn(3, 3, 8, 8))
+    inputs["input_ids"] %= V - 1
+    inputs["input_ids"][:, :4] = V - 1
+    segments, calls = segmented(model, 5), []
+    tower = segments.get_base_model().model.vision_tower
+    tower.register_forward_hook(lambda *call: calls.append(None))
+    assert_same_step(step(model, inputs), step(segments, inputs))
+    assert len(calls) == 1
 
 
 def test_shifted_labels_a_single_label_and_checkpointing():
