@@ -29,7 +29,7 @@ BUDGETS = {
     "system": 3790,
     "ops": 3480,
     "core": 14600,
-    "efficiency": 9880,
+    "efficiency": 9900,
     "data": 17030,
     "training": 16810,
     "methods": 19820,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15080, "tests": 84480}
+OTHERS = {"scripts": 15080, "tests": 84520}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
