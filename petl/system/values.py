@@ -82,7 +82,7 @@ def type_problem(value: object, hint: object, place: str = "") -> str:
     # `None` in an annotation stands for its type
     kind: Any = origin or (NoneType if hint is None else hint)
     if is_typeddict(kind):
-        return _entry_problem(value, typing.get_type_hints(kind), kind.__required_keys__, place)
+        return _entry_problem(value, _hints_of_keys(kind), kind.__required_keys__, place)
     if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
         return _dataclass_problem(value, kind, place)
     if not _is_a(value, kind):
@@ -112,6 +112,9 @@ def _content_problem(value: Any, kind: object, arguments: tuple[object, ...], pl
     pairs = enumerate(zip(value, hints, strict=True))
     found = (type_problem(entry, hint, f"{place}[{i}]") for i, (entry, hint) in pairs)
     return next(filter(None, found), "")
+
+
+_hints_of_keys = cache(typing.get_type_hints)  # of a TypedDict: a file may have one a line
 
 
 def _dataclass_problem(value: object, kind: Any, place: str) -> str:

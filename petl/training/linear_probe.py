@@ -1,16 +1,17 @@
 """Linear probe: the score of the head alone on the frozen model, which an adapter has to beat.
 
-The features, which are the inputs of the model's head, are computed once in evaluation mode. A copy
-of the head is trained on them for as many steps as the run, at the best of a few learning rates.
-The same pass over the test rows scores the frozen model (`BaselineScores`).
+The features, which are the inputs of the model's head, are computed once in evaluation mode; other
+runs on the same base and rows read them (`FeatureCache`). A copy of the head is trained on them for
+as many steps as the run, at the best of a few learning rates. The same pass over the test rows
+scores the frozen model (`BaselineScores`).
 
 Shapes: N rows, B rows of a batch, T tokens, H features.
 """
 
 import copy
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,11 +26,13 @@ from petl.core.registry import keeps_base
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.tasks import SET
 from petl.data.tasks.base import IGNORED, Task, not_finite
+from petl.data.tasks.encoding_cache import content_hash
 from petl.data.tasks.scores import named
 from petl.system.collectives import is_sharded
 from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first
 from petl.training.evaluate import in_order
+from petl.training.feature_cache import FeatureCache
 from petl.training.features import Context, RunFeature
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.runs.settings import VALIDATION_FRACTION, TrainConfig
@@ -172,13 +175,14 @@ def linear_probe(
     # if the method takes initial values from base weights, the frozen model is base and adapter
     base_is_pretrained = keeps_base(model.active_peft_config)
     size = settings.eval_batch_size
+    reader = HeadReader(base, head, splits.task, accelerator, keeps=base_is_pretrained)
     with model.disable_adapter() if base_is_pretrained else nullcontext():
-        train = features(base, head, splits, splits.train, accelerator, size)
+        train = features(reader, splits, splits.train, size)
         # rows of several tasks are scored by task, in passes of their own; an adapter that was
         # trained before may differ from the frozen model in few rows
         known = not splits.task.tasks and settings.init_from is None
         found = untrained if known else None
-        test = train and features(base, head, splits, splits.test, accelerator, size, found)
+        test = train and features(reader, splits, splits.test, size, found)
     if train is None or test is None:
         return None
     original = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
@@ -234,13 +238,68 @@ def find_head(base: nn.Module) -> nn.Module | None:
     return next((m for name, m in children if any(word in name for word in HEAD_NAMES)), None)
 
 
+class HeadReader:
+    """What a model's head reads: computed, or read from petl's cache.
+
+    Args:
+        base: the model, in evaluation mode.
+        keeps: whether vectors of rows are kept; of a model that computes with an adapter they are
+            of no other run. Those of tokens never are.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        head: nn.Module,
+        task: Task,
+        accelerator: Accelerator,
+        *,
+        keeps: bool = False,
+    ) -> None:
+        self.base, self.head, self.task, self.keeps = base, head, task, keeps
+        self.accelerator = accelerator
+        self._cache: FeatureCache | None = None
+
+    @contextmanager
+    def open(self, rows: Dataset, *parts: int) -> Generator[None]:
+        """Read these rows in the block, divided into batches as `parts` tells."""
+        if self.keeps:
+            with self.accelerator.autocast():
+                self._cache = FeatureCache(self.base, self.head, content_hash(rows), *parts)
+        yield
+        if self._cache:
+            self._cache.write()
+
+    def first(self, inputs: Batch) -> tuple[Tensor, Tensor]:
+        """Return the vectors of the first batch, and the model's logits, from a pass."""
+        read: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        with hook, self.accelerator.autocast():
+            logits = self.task.head_logits(self.base(**inputs))
+            # [B, T, H] for a head that labels every token
+            return read[0] if logits.dim() == 3 else one_vector(self.head, read[0], logits), logits
+
+    def next(self, inputs: Batch) -> tuple[Tensor, Tensor]:
+        """Return the vectors of a further batch, and the head's logits of them."""
+        known = self._cache and self._cache.find(inputs)
+        if known is not None:
+            vectors = known.to(self.accelerator.device)
+        else:
+            vectors, logits = self.first(inputs)
+            if logits.dim() == 3:
+                return vectors, logits
+            if self._cache:
+                self._cache.add(inputs, vectors)
+        # of the vectors in both cases: the first run and later ones have the same bits
+        with self.accelerator.autocast():
+            return vectors, self.head(vectors)
+
+
 @torch.no_grad()
 def features(
-    base: nn.Module,
-    head: nn.Module,
+    reader: HeadReader,
     splits: Splits,
     rows: Dataset,
-    accelerator: Accelerator,
     batch_size: int = ROWS,
     untrained: BaselineScores | None = None,
 ) -> Features | None:
@@ -252,50 +311,44 @@ def features(
         batch_size: rows of a forward pass of a process.
         untrained: gets the scores of the model on the rows, computed as `evaluate` does.
     """
-    processes, task = accelerator.num_processes, splits.task
+    accelerator, task = reader.accelerator, splits.task
+    processes = accelerator.num_processes
     order = longest_first(task.lengths(rows))
     # token features of all batches get one width, that of the longest row
     width = task.width(splits.collate([rows[order[0]]]))
     # every process computes equally many rows; `in_order` drops the surplus
     own = order[accelerator.process_index :: processes]
     parts = chunks(own + order[: -(-len(order) // processes) - len(own)], batch_size)
-    inputs_of_head: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
-    base.eval()  # features without dropout
+    reader.base.eval()  # features without dropout
     vectors: list[Tensor] = []
     masks: list[Tensor] = []
     labels: dict[str, list[Tensor]] = {name: [] for name in task.label_columns}
     numbers = list(rows[SET]) if untrained is not None and untrained.sets else []
-    try:
-        loaded = load(rows, splits.collate, parts, accelerator.device)
-        for batch in ProgressItems(
-            loaded, f"linear probe: features of {len(rows):,} examples", len(parts)
-        ):
+    loaded = load(rows, splits.collate, parts, accelerator.device)
+    what = f"linear probe: features of {len(rows):,} examples"
+    with (
+        accelerator.autocast(),
+        reader.open(rows, batch_size, accelerator.process_index, processes),
+    ):
+        for batch in ProgressItems(loaded, what, len(parts)):
             # without labels the model computes no loss of its own
             inputs = {name: batch[name] for name in batch if name not in labels}
-            inputs_of_head.clear()
-            with accelerator.autocast():
-                logits = task.head_logits(base(**inputs))
-                by_token = logits.dim() == 3
-                for name, values in labels.items():
-                    given = batch[name]
-                    values.append(padded_to(given, width, IGNORED) if by_token else given)
-                if by_token:
-                    masks.append(padded_to(inputs["attention_mask"], width, 0))
-                read = inputs_of_head[0]
-                vectors.append(read if by_token else one_vector(head, read, logits))
-                if len(vectors) == 1:  # the first batch has the longest rows
-                    size = 4 * len(rows) * vectors[0][0].numel()
-                    if not is_usable(head, vectors[0], logits, size, accelerator):
-                        return None
-                if by_token:
-                    vectors[-1] = padded_to(vectors[-1], width, 0)
+            read, logits = reader.next(inputs) if vectors else reader.first(inputs)
+            by_token = logits.dim() == 3
+            if not vectors:  # the first batch has the longest rows
+                size = 4 * len(rows) * read[0].numel()
+                if not is_usable(reader.head, read, logits, size, accelerator):
+                    return None
+            vectors.append(padded_to(read, width, 0) if by_token else read)
+            for name, values in labels.items():
+                given = batch[name]
+                values.append(padded_to(given, width, IGNORED) if by_token else given)
+            if by_token:
+                masks.append(padded_to(inputs["attention_mask"], width, 0))
             if untrained is not None:
                 at = len(vectors) - 1
                 of_set = [numbers[row] for row in parts[at]] if untrained.sets else []
                 untrained.add(task, batch, logits, len(own) - at * batch_size, of_set)
-    finally:
-        hook.remove()
 
     if untrained is not None:
         untrained.end(task, rows, order, accelerator)

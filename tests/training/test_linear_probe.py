@@ -23,7 +23,14 @@ from petl.training.compose import compose
 from petl.training.dataloader import encode_splits
 from petl.training.distributed.launch import start
 from petl.training.evaluate import Evaluator
-from petl.training.linear_probe import BaselineScores, features, find_head, in_order, linear_probe
+from petl.training.linear_probe import (
+    BaselineScores,
+    HeadReader,
+    features,
+    find_head,
+    in_order,
+    linear_probe,
+)
 from petl.training.runs.run_config import read_config
 
 pytest_plugins = ["training_fixtures"]
@@ -48,6 +55,10 @@ def parts_of(tiny, *words):
     return model, splits, settings, accelerator
 
 
+def reader_of(base, splits, accelerator, **fields):
+    return HeadReader(base, find_head(base), splits.task, accelerator, **fields)
+
+
 def logits_of(model, splits, rows):
     model.eval()
     with torch.no_grad():
@@ -62,7 +73,7 @@ def logits_of(model, splits, rows):
 def test_features_are_what_the_head_reads_row_by_row(parts):
     model, splits, _, accelerator = parts
     base = model.get_base_model()
-    found = features(base, find_head(base), splits, splits.test, accelerator)
+    found = features(reader_of(base, splits, accelerator), splits, splits.test)
     assert found.labels["labels"].tolist() == list(splits.test["labels"])
     expected = logits_of(base, splits, splits.test)
     torch.testing.assert_close(find_head(base)(found.x), expected, atol=1e-5, rtol=1e-5)
@@ -92,7 +103,7 @@ def test_heads_of_every_shape_are_served(parts, kind):
     _, splits, _, accelerator = parts
     base = classifier(kind).eval()
     head = find_head(base)
-    vectors = features(base, head, splits, splits.test, accelerator).x
+    vectors = features(reader_of(base, splits, accelerator), splits, splits.test).x
     expected = logits_of(base, splits, splits.test)
     torch.testing.assert_close(head(vectors), expected, atol=1e-4, rtol=1e-4)
 
@@ -119,7 +130,7 @@ def test_the_head_alone_does_about_as_well_as_logistic_regression(tiny):
     model, splits, settings, accelerator = parts_of(tiny, "train.epochs=20")
     base = model.get_base_model()
     train, test = (
-        features(base, find_head(base), splits, rows, accelerator)
+        features(reader_of(base, splits, accelerator), splits, rows)
         for rows in (splits.train, splits.test)
     )
     reference = LogisticRegression(C=100.0, max_iter=2000)

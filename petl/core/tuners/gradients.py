@@ -142,9 +142,29 @@ def has_rate(optimizer: Optimizer) -> bool:
     return any(group.get("lr", 1) for group in optimizer.param_groups)
 
 
+# of each optimizer, the modules of which it holds no tensor, and how many tensors it holds
+_FOREIGN: WeakKeyDictionary[Optimizer, WeakKeyDictionary[nn.Module, int]] = WeakKeyDictionary()
+
+
+def _steps(optimizer: Optimizer, module: nn.Module) -> bool:
+    """Return True if an optimizer holds a trained tensor of a module."""
+    foreign = _FOREIGN.setdefault(optimizer, WeakKeyDictionary())
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    # a walk over a model takes as long as the step of a small head, whose optimizer is another
+    if foreign.get(module) == count:
+        return False
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stepped = [p for p in module.parameters() if id(p) in held]
+    if not stepped:
+        foreign[module] = count
+    return any(p.requires_grad for p in stepped)
+
+
 def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     for model, after_step in list(_WATCHED.items()):
-        if after_step is not None and after_step(model, optimizer):
+        if after_step is None or not _steps(optimizer, model):
+            continue
+        if after_step(model, optimizer):
             _WATCHED[model] = None
 
 
@@ -199,8 +219,7 @@ def never_updated(tuner: nn.Module) -> bool:
 
 def _count_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     for tuner in list(_WITHOUT_UPDATE):
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in stepped for p in tuner.parameters() if p.requires_grad):
+        if not _steps(optimizer, tuner):
             continue
         _WITHOUT_UPDATE[tuner] += 1
         if _WITHOUT_UPDATE[tuner] >= PATIENCE:

@@ -24,7 +24,8 @@ class Variant:
         words: of `petl train`; empty for Trainer.
         grouped, bf16, sft: of Trainer: batches by length, mixed precision, TRL's SFTTrainer.
         arm: variants with one arm have the same learning rates.
-        store: "fills": begins without stored states; "reads": all are stored; "": of no interest.
+        store: "fills": begins without stored states; "reads": these, and the features of the linear
+            probe, are stored; "": the features are not.
         tunes: True for the variant whose runs choose the rates of its arm.
     """
 
@@ -101,6 +102,7 @@ class Job:
         return [
             *found,
             Variant("petl", arm, tunes=True),
+            *([Variant("petl, again", arm, store="reads")] if self.has_head else []),
             Variant("petl, bf16", arm, precision),
             Variant("petl, scored after alone", arm, AFTER),
             Variant("petl, fast, fills the store", upper, fast, store="fills"),

@@ -108,6 +108,8 @@ class Runner:
         what = "held-out rows" if seed is None else f"seed {seed}"
         lr, head = rates
         self.progress(f"job: {self.job.name}, {variant.name}, {what}, rates {lr:g}, {head:g}")
+        if variant.store != "reads":
+            shutil.rmtree(self.features, ignore_errors=True)
         if variant.store == "fills":
             shutil.rmtree(self.frozen, ignore_errors=True)
         while True:
@@ -118,13 +120,19 @@ class Runner:
                 return result
 
     def stores(self) -> list[str]:
-        """Names of the stores that exist."""
-        return sorted(path.parent.parent.name for path in self.frozen.glob("*/*/store.json"))
+        """Names of the stores of frozen blocks, and of the files of features, that exist."""
+        stores = [path.parent.parent.name for path in self.frozen.glob("*/*/store.json")]
+        return sorted([*stores, *(path.name for path in self.features.glob("*.safetensors"))])
 
     @property
     def frozen(self) -> Path:
         """The folder of the stores."""
         return self.cache / "frozen"
+
+    @property
+    def features(self) -> Path:
+        """The folder of the inputs of heads that a linear probe has computed."""
+        return self.cache / "features"
 
     @property
     def cache(self) -> Path:

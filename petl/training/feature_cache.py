@@ -1,0 +1,136 @@
+"""Inputs of a model's head in petl's cache, by content: runs on the same base and rows read them.
+
+A file has the inputs of all batches of some rows, each under a digest of what the model was given.
+Its name is that of what computes them: weights, config, precision, versions. Values equal those of
+a pass up to rounding, since methods and accelerations compute the base's products in other orders.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+
+import torch
+import transformers
+import xxhash
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
+from petl.core.layers.class_swap import AdapterDict, original_class
+from petl.efficiency.frozen.feed import autocast_of
+from petl.efficiency.frozen.fill import OTHER
+from petl.efficiency.frozen.store import name_of
+from petl.system.files.disk import is_as_noted, note_digest, write_atomic
+from petl.system.files.paths import cache_folder
+
+FOLDER = "features"  # of the files, in petl's cache
+FORMAT = 1  # increment when the meaning of a file changes
+WRAPPED = ("base_layer", "original_module")  # where PEFT keeps what an adapter wraps
+MOST_BYTES = 200e6  # assumption: a larger file is not worth its disk
+logger = logging.getLogger(__name__)
+
+
+class FeatureCache:
+    """The inputs of a head for the batches of some rows, read from a file if it is there.
+
+    Attributes:
+        is_new: True once a batch was added, which `write` keeps.
+    """
+
+    def __init__(self, base: nn.Module, head: nn.Module, *rows: object) -> None:
+        """Open the file; call it in the precision of the passes.
+
+        Args:
+            base: a model whose adapters are disabled.
+            head: the module of `base` that gets the inputs; its own weights do not matter.
+            rows: names the rows, and how they are divided into batches.
+        """
+        name = computation(base, head)
+        self.file = cache_folder() / FOLDER / f"{name_of(name, *rows)}.safetensors"
+        self.is_new = False
+        # weights that cannot be told have no name
+        self._found = load_file(self.file) if name and is_as_noted(self.file) else {}
+        self._keeps, self._bytes = bool(name), 0
+
+    def find(self, batch: Mapping[str, object]) -> Tensor | None:
+        """Return the inputs of the head for a batch of the model's arguments; None: not there."""
+        return self._found.get(_digest(batch))
+
+    def add(self, batch: Mapping[str, object], vectors: Tensor) -> None:
+        """Keep the inputs of the head for a batch."""
+        self._bytes += vectors.nbytes
+        if self._keeps and self._bytes <= MOST_BYTES:
+            self._found[_digest(batch)] = vectors.detach().cpu().contiguous()
+            self.is_new = True
+
+    def write(self) -> None:
+        """Write the file if a batch was added to it; a disk that does not take it is logged."""
+        if self._found and not self.is_new:
+            logger.info("features of an earlier run: %s", self.file)
+        if not self.is_new or self._bytes > MOST_BYTES:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.file, save(self._found))
+            note_digest(self.file)
+        except OSError as error:
+            logger.info("the features are not kept: %s cannot be written (%s)", self.file, error)
+
+
+def computation(base: nn.Module, head: nn.Module) -> str:
+    """Return a name for what a model computes up to its head; "" if its weights are not plain."""
+    hasher = xxhash.xxh3_128()
+    for path, module in _outside_adapters(base, head):
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for key, tensor in own:
+            # a quantized tensor has states beside it, and one elsewhere has no values
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+                return ""
+            hasher.update(f"{path}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            hasher.update(_bytes_of(tensor))
+    config = getattr(base, "config", None)
+    settings = {} if config is None else config.to_dict()
+    kept = {name: value for name, value in settings.items() if name not in OTHER}
+    kept["attention"] = getattr(config, "_attn_implementation", None)
+    kind = original_class(base)
+    return name_of(
+        FORMAT,
+        hasher.hexdigest(),
+        f"{kind.__module__}.{kind.__qualname__}",
+        repr(sorted(kept.items(), key=lambda item: item[0])),
+        autocast_of(base),
+        next(base.parameters()).device.type,
+        torch.__version__,
+        transformers.__version__,
+    )
+
+
+def _outside_adapters(
+    module: nn.Module, head: nn.Module, path: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model but its head, those that adapters wrap in their place."""
+    if module is head or isinstance(module, AdapterDict):
+        return
+    wrapped = next((name for name in WRAPPED if name in module._modules), "")
+    if wrapped and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        yield from _outside_adapters(module.get_submodule(wrapped), head, path)
+        return
+    yield path, module
+    for name, child in module.named_children():
+        yield from _outside_adapters(child, head, f"{path}.{name}")
+
+
+def _digest(batch: Mapping[str, object]) -> str:
+    hasher = xxhash.xxh3_128()
+    for name, value in sorted(batch.items()):
+        hasher.update(name.encode())
+        if isinstance(value, Tensor):
+            hasher.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            hasher.update(_bytes_of(value))
+        else:
+            hasher.update(repr(value).encode())
+    return hasher.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())
