@@ -28,10 +28,10 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3790,
     "ops": 3480,
-    "core": 14600,
+    "core": 14620,
     "efficiency": 9900,
     "data": 17030,
-    "training": 16810,
+    "training": 17000,
     "methods": 19820,
     "adapters": 9105,
     "generation": 7500,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15080, "tests": 84520}
+OTHERS = {"scripts": 15080, "tests": 84680}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
