@@ -45,6 +45,9 @@ def written(
     Raises:
         InputError: the model has a table of positions, and a prompt leaves none for an answer.
     """
+    # imported only where rows are generated
+    from petl.efficiency.in_place_cache import cache_arguments
+
     base, tokenizer = base_of(model), tokenizer_in(processor)
     longest = 0 if is_pair(model) else max(map(len, prompts))
     max_new_tokens = min(max_new_tokens, positions_behind(base, longest) or max_new_tokens)
@@ -53,6 +56,8 @@ def written(
     more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}
     if len(prompts) == 1 and task_ids is None and not isinstance(prompts[0], ImagePrompt):
         more = free_drafts(model)
+    if "custom_generate" not in more:  # which does so itself
+        more |= cache_arguments(model)
     generated = cast(CausalModel, model).generate(
         **more,
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},

@@ -18,6 +18,7 @@ from petl.core.parameters import max_positions
 from petl.core.types import Arguments, CausalModel, base_of
 from petl.efficiency.drafting.calls import why_untrained
 from petl.efficiency.drafting.registry import DraftAnswers
+from petl.efficiency.in_place_cache import cache_arguments
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import made_by, num_processes, number, shared_out
 from petl.system.progress import Pass
@@ -146,7 +147,8 @@ def _written(model: Any, prompts: Sequence[Sequence[int]], settings: Arguments) 
         for name, rows in whole.items()
     }
     # behind its end a row is padded, with the pad token or with the end token itself
-    found = model.generate(**inputs, **{**settings, "pad_token_id": pad}).cpu()
+    cache = {} if "cache_implementation" in settings else cache_arguments(model)
+    found = model.generate(**inputs, **{**cache, **settings, "pad_token_id": pad}).cpu()
     ends = settings.get("eos_token_id", config.eos_token_id)
     ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else [*ends])
     length = inputs["input_ids"].shape[1]

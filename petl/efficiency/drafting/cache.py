@@ -3,15 +3,16 @@
 Shapes: S tokens in the cache.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import Cache, EncoderDecoderCache, cache_utils
+from torch import Tensor
+from transformers import Cache, cache_utils
 from transformers.cache_utils import DynamicLayer
+
+from petl.efficiency.in_place_cache import own_tokens
 
 # layers of a cache that keep more than the keys and values of all tokens; some are new in 5.24
 OTHER_STATES = tuple(
@@ -23,21 +24,6 @@ OTHER_STATES = tuple(
     )
     if hasattr(cache_utils, name)
 )
-
-
-def cache_argument(model: nn.Module) -> str:
-    """Return the name of a model's argument and output for its cache."""
-    # renamed in transformers 5.24
-    accepted = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in accepted else "past_key_values"
-
-
-def own_tokens(cache: object) -> object:
-    """Return the cache of the tokens that a model writes.
-
-    Of an encoder-decoder it is the one of self-attention; that of cross-attention stays as it is.
-    """
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def refusal(cache: object) -> str:

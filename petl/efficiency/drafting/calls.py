@@ -12,8 +12,9 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMo
 
 from petl.core.layers.context import is_encoder_decoder
 from petl.core.types import CausalModel, base_of
-from petl.efficiency.drafting.cache import cache_argument, refusal
+from petl.efficiency.drafting.cache import refusal
 from petl.efficiency.drafting.pairs import ModelInputs, why_unverified
+from petl.efficiency.in_place_cache import cache_argument
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import is_sharded
 

@@ -13,7 +13,7 @@ from petl.core.layers.context import is_encoder_decoder
 from petl.core.model.modes import evaluation_mode
 from petl.core.types import CausalModel, Fields, base_of
 from petl.efficiency.drafting import tree
-from petl.efficiency.drafting.cache import cache_argument, compact
+from petl.efficiency.drafting.cache import compact
 from petl.efficiency.drafting.calls import why_plain
 from petl.efficiency.drafting.engine import decode
 from petl.efficiency.drafting.pairs import (
@@ -24,6 +24,7 @@ from petl.efficiency.drafting.pairs import (
 )
 from petl.efficiency.drafting.passes import takes_trees
 from petl.efficiency.drafting.registry import Drafter
+from petl.efficiency.in_place_cache import cache_argument
 from petl.errors import InputError, UnsupportedError
 
 LARGEST = 1e-3  # difference of logits in float32

@@ -12,7 +12,7 @@ from torch import nn
 from petl.core.compat import BaseTunerLayer
 from petl.core.model.modes import evaluation_mode
 from petl.core.types import base_of
-from petl.efficiency.drafting.cache import cache_argument, compact
+from petl.efficiency.drafting.cache import compact
 from petl.efficiency.drafting.pairs import (
     ModelInputs,
     decoder_positions,
@@ -20,6 +20,7 @@ from petl.efficiency.drafting.pairs import (
     sample_inputs,
     vocabulary_size,
 )
+from petl.efficiency.in_place_cache import cache_argument, cache_arguments
 from petl.errors import InputError
 from petl.ops.packed import PackedWeights, packed_classes
 
@@ -155,7 +156,8 @@ def _seconds(
     shape = (1, cache_length + max(counts))
     ids = torch.randint(vocabulary, shape, generator=generator).to(model.device)
     name, tokens = cache_argument(base), ids_argument(base)
-    cache = model(**{tokens: ids[:, :cache_length]}, **inputs, use_cache=True)[name]
+    own = {tokens: ids[:, :cache_length], **cache_arguments(model)}
+    cache = model(**own, **inputs, use_cache=True)[name]
     times: dict[int, list[float]] = {n: [] for n in counts}
     with nullcontext() if packed is None else packed_classes(model):
         # all counts in each round: a busy moment of the machine hits them alike

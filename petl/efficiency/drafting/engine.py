@@ -44,6 +44,7 @@ from petl.efficiency.drafting.passes import DraftPasses
 from petl.efficiency.drafting.registry import Drafter, check_vocabulary
 from petl.efficiency.drafting.registry import drafter as build
 from petl.efficiency.drafting.rounds import Rounds, Take
+from petl.efficiency.in_place_cache import cache_argument, write_in_place
 from petl.errors import InputError
 
 Tokens = list[int]
@@ -150,6 +151,7 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
             f"encoder_input_ids: {type(model).__name__} has no encoder; leave them out"
         )
     stats = stats or Stats()
+    write_in_place(model_kwargs.get(cache_argument(model)))
     reason = plain_reason(given, model_kwargs)
     if drafter is not None and reason:
         warnings.warn(f"decoding without drafts: {reason}", stacklevel=2)

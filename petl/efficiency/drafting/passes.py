@@ -16,9 +16,10 @@ from petl.core.layers.context import is_encoder_decoder
 from petl.core.layers.layer import Adapter
 from petl.core.types import CausalModel
 from petl.efficiency.drafting import tree
-from petl.efficiency.drafting.cache import cache_argument, compact, refusal
+from petl.efficiency.drafting.cache import compact, refusal
 from petl.efficiency.drafting.calls import ModelInputs
 from petl.efficiency.drafting.pairs import decoder_positions
+from petl.efficiency.in_place_cache import cache_argument
 from petl.errors import UnsupportedError
 
 MASKED = ("sdpa", "eager")  # implementations of attention that take any mask

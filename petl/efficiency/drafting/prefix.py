@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from petl.core.layers.class_swap import original_class
 from petl.core.model.structure import blocks, is_causal
 from petl.core.types import Arguments, CausalModel
-from petl.efficiency.drafting.cache import cache_argument
 from petl.efficiency.drafting.tree import tree_mask
+from petl.efficiency.in_place_cache import cache_argument, write_in_place
 from petl.errors import UnsupportedError
 
 CLOSING = ("o_proj", "down_proj")  # the last linear layers of attention and MLP
@@ -66,7 +66,7 @@ class Prefix:
 
     def clear(self) -> None:
         """Forget the text."""
-        self.cache = DynamicCache()
+        self.cache = write_in_place(DynamicCache())
         self.known = 0
 
     def read(self, states: Tensor, first: int) -> Tensor:

@@ -35,6 +35,7 @@ from petl.efficiency.drafting.engine import Stats, decode
 from petl.efficiency.drafting.folder import load_drafter
 from petl.efficiency.drafting.lookup import LookupFirst
 from petl.efficiency.drafting.registry import Drafter, drafter, untrained
+from petl.efficiency.in_place_cache import cache_arguments
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean, first_line
 from petl.generation.inference.grammar import GrammarMask, vocabulary_of
 from petl.generation.inference.sampling import (
@@ -256,6 +257,8 @@ class LanguageModel:
         drafts = is_single and sampling.prompt_lookup is None and self.drafter is not None
         if drafts:
             arguments |= {"custom_generate": decode, "drafter": self.drafter, "stats": stats}
+        else:
+            arguments |= cache_arguments(self.model)
         if write is not None:
             # generate itself keeps `streamer` from a function that it calls
             name = "stream" if drafts else "streamer"

@@ -22,11 +22,12 @@ from petl.core.types import Arguments, CausalModel
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.image_text.prompt import ImagePrompt
 from petl.efficiency.drafting import tree
-from petl.efficiency.drafting.cache import cache_argument, compact
+from petl.efficiency.drafting.cache import compact
 from petl.efficiency.drafting.calls import why_plain
 from petl.efficiency.drafting.passes import has_position_table, takes_trees
 from petl.efficiency.drafting.registry import drafter
 from petl.efficiency.drafting.rounds import Rounds, Take
+from petl.efficiency.in_place_cache import cache_argument
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.serving import kv_cache
 from petl.generation.serving.request import Request

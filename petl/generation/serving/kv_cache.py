@@ -5,11 +5,11 @@ Rows of different lengths have padding on the left. Shapes: B rows, H heads, T t
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from petl.efficiency.in_place_cache import write_in_place
 
 # exactly these classes: a subclass may keep other states
 MERGEABLE = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -30,7 +30,7 @@ def new_cache(config: PretrainedConfig, *, mergeable: bool) -> DynamicCache:
         mergeable: for `append` and `keep`. Layers with a sliding window then keep all tokens, since
             rows with different padding have different windows; the attention mask hides the rest.
     """
-    return DynamicCache() if mergeable else DynamicCache(config=config)
+    return write_in_place(DynamicCache() if mergeable else DynamicCache(config=config))
 
 
 def append(cache: DynamicCache, other: DynamicCache) -> None:
@@ -56,6 +56,8 @@ def filled(cache: DynamicCache) -> list[Any]:
 
 def _below(first: Tensor, second: Tensor) -> Tensor:
     """Put rows [B, H, T, D] below each other."""
-    length = max(first.shape[2], second.shape[2])
-    # pad takes the last dimension first: 0 on both sides of D, then the left of T
-    return torch.cat([pad(part, (0, 0, length - part.shape[2], 0)) for part in (first, second)])
+    rows, length = len(first), max(first.shape[2], second.shape[2])
+    found = first.new_zeros(rows + len(second), first.shape[1], length, first.shape[3])
+    found[:rows, :, length - first.shape[2] :] = first
+    found[rows:, :, length - second.shape[2] :] = second
+    return found

@@ -136,6 +136,9 @@ class GRPO(GRPOSettings, AnswerTask):
         Args:
             count: of answers to each prompt; one is the most probable, several are sampled.
         """
+        # imported only where texts are written
+        from petl.efficiency.in_place_cache import cache_arguments
+
         # each prompt once, without the room for its answers
         asked = {n: batch[n][:: self.generations, : -self.max_new_tokens] for n in INPUTS}
         chat = self.tokenizer if self.chat else None
@@ -145,6 +148,7 @@ class GRPO(GRPOSettings, AnswerTask):
         with evaluation_mode(model):
             written = cast(Any, model).generate(
                 **asked,
+                **cache_arguments(model),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=count > 1,
                 num_return_sequences=count,
