@@ -13,7 +13,9 @@ from transformers import (
 )
 from writer_fixtures import adapt
 
+from petl import testing
 from petl.core.model.copies import share_weights
+from petl.efficiency.in_place_cache import cache_argument
 from petl.errors import InputError, UnsupportedError
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.inference.loading import load_language_model
@@ -78,6 +80,40 @@ def test_requests_of_several_adapters_share_passes_and_answer_as_alone(writers, 
     longest = max(len(pieces_of(each)) for each in requests)
     assert lane.passes.count <= 3 + longest + 2
     assert lane.passes.count < sum(len(pieces_of(each)) for each in requests) / 2
+
+
+@torch.no_grad()
+def test_rows_that_join_and_leave_get_the_logits_of_a_cache_that_concatenates():
+    model = testing.tiny_llama()
+    generator = torch.Generator().manual_seed(0)
+    caches = [kv_cache.new_cache(model.config, mergeable=True), DynamicCache()]
+
+    def step(caches: list, rows: int, tokens: int, mask: torch.Tensor) -> None:
+        ids = torch.randint(3, 90, (rows, tokens), generator=generator)
+        mine, usual = (
+            model(ids, attention_mask=mask, **{cache_argument(model): cache}).logits
+            for cache in caches
+        )
+        assert torch.equal(mine, usual)
+
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    step(caches, 2, 5, mask)
+    for rows in ([0, 1, 2], [2, 1], [1]):  # of those left, behind a newcomer
+        for _ in range(8):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            step(caches, len(mask), 1, mask)
+        new = [kv_cache.new_cache(model.config, mergeable=True), DynamicCache()]
+        step(new, 1, 7, torch.ones(1, 7, dtype=torch.long))
+        added = torch.zeros(1, mask.shape[1], dtype=torch.long)
+        added[:, -7:] = 1
+        mask = torch.cat([mask, added])[rows]
+        start = int(mask.any(0).int().argmax())
+        mask = mask[:, start:]
+        for cache, newcomer in zip(caches, new, strict=True):
+            kv_cache.append(cache, newcomer)
+            kv_cache.keep(cache, torch.tensor(rows), start)
+    step(caches, 1, 2, torch.nn.functional.pad(mask, (0, 2), value=1))
 
 
 def test_a_method_without_mixed_batches_has_a_lane_for_each_adapter(writers, tmp_path):
