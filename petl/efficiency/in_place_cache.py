@@ -41,6 +41,8 @@ class InPlaceLayer(DynamicLayer):
         """Append tokens, [B, H, new, D], and return keys and values of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None, "set by the initialization"
+        assert self.values is not None, "likewise"
         pairs = ((self.keys, key_states), (self.values, value_states))
         # a backward pass would read what later tokens overwrite; a graph has no addresses
         is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -162,7 +164,7 @@ def _why_other(model: nn.Module, base: CausalModel) -> str:
         return "its generation config has use_cache=False"
     makes = (kind.generate, kind._prepare_cache_for_generation)
     usual = (GenerationMixin.generate, GenerationMixin._prepare_cache_for_generation)
-    if makes != usual or not kind._supports_default_dynamic_cache():
+    if makes != usual or not kind._supports_default_dynamic_cache():  # ty: ignore[invalid-argument-type]
         return "its class makes a cache of its own"
     return ""
 
