@@ -29,9 +29,9 @@ BUDGETS = {
     "system": 3790,
     "ops": 3480,
     "core": 14620,
-    "efficiency": 9900,
+    "efficiency": 10090,
     "data": 17030,
-    "training": 17000,
+    "training": 17010,
     "methods": 19820,
     "adapters": 9105,
     "generation": 7500,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15080, "tests": 84680}
+OTHERS = {"scripts": 15080, "tests": 85010}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
