@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from petl.core.types import Arguments, CausalModel, base_of
 
 SPARE = 64  # tokens of room behind the last one at least; else a quarter of the tokens
+SMALL = 2**15  # numbers of a layer's keys below which copying them takes a few microseconds
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C")
@@ -28,57 +29,57 @@ class InPlaceLayer(DynamicLayer):
 
     They may be cropped, or replaced as by `reorder_cache`: tensors that are not the beginning of
     the larger ones are copied into new ones. Behind a crop new tokens overwrite those cropped off.
-    Where gradients are computed or a graph is compiled, tokens are concatenated as by its parent.
+    Short texts are concatenated as by its parent, which is as fast; likewise where gradients are
+    computed or a graph is compiled.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._rooms: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._key_room: Tensor | None = None
+        self._value_room: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append tokens, [B, H, new, D], and return keys and values of all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None, "set by the initialization"
-        assert self.values is not None, "likewise"
-        pairs = ((self.keys, key_states), (self.values, value_states))
-        # a backward pass would read what later tokens overwrite; a graph has no addresses
-        is_recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        # of another type or batch: as its parent does, or refuses
-        if is_recorded or not all(_continues(past, new) for past, new in pairs):
-            self._rooms = (None, None)
+        keys, values = self.keys, self.values
+        if (
+            keys is None
+            or values is None
+            or keys.numel() < SMALL
+            # a backward pass would read what later tokens overwrite; a graph has no addresses
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            # of another type or batch: promoted, or refused
+            or not (_continues(keys, key_states) and _continues(values, value_states))
+        ):
+            self._key_room = self._value_room = None
             return super().update(key_states, value_states, *args, **kwargs)
-        (first, self.keys), (second, self.values) = (
-            _appended(room, past, new) for room, (past, new) in zip(self._rooms, pairs, strict=True)
-        )
-        self._rooms = (first, second)
+        self._key_room, self.keys = _appended(self._key_room, keys, key_states)
+        self._value_room, self.values = _appended(self._value_room, values, value_states)
         return self.keys, self.values
 
     def reset(self) -> None:
         """Drop all tokens."""
         super().reset()
-        self._rooms = (None, None)
+        self._key_room = self._value_room = None
 
 
 def _continues(past: Tensor, new: Tensor) -> bool:
-    """Return True if tokens of one kind follow others, or nothing."""
-    if past.dtype != new.dtype or past.device != new.device:
-        return False
-    # an empty layer has one dimension
-    return past.dim() == 1 or (past.shape[:-2], past.shape[-1]) == (new.shape[:-2], new.shape[-1])
+    """Return True if tokens are of one kind with those before them."""
+    (*before, _, width), (*rows, _, new_width) = past.shape, new.shape
+    alike = before == rows and width == new_width
+    return alike and past.dtype == new.dtype and past.device == new.device
 
 
 def _appended(room: Tensor | None, past: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Write tokens behind past ones, into a new room if need be; return room and all tokens."""
-    length = past.shape[-2] if past.dim() > 1 else 0
-    total = length + new.shape[-2]
+    length, count = past.shape[-2], new.shape[-2]
+    total = length + count
     if room is None or total > room.shape[-2] or not _is_beginning(past, room):
         room = new.new_empty(*new.shape[:-2], total + max(SPARE, total // 4), new.shape[-1])
-        if length:
-            room.narrow(-2, 0, length).copy_(past)
-    room.narrow(-2, length, new.shape[-2]).copy_(new)
+        room.narrow(-2, 0, length).copy_(past)
+    room.narrow(-2, length, count).copy_(new)
     return room, room.narrow(-2, 0, total)
 
 
