@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
@@ -13,7 +14,6 @@ from transformers import (
 )
 from writer_fixtures import adapt
 
-from petl import testing
 from petl.core.model.copies import share_weights
 from petl.efficiency.in_place_cache import cache_argument
 from petl.errors import InputError, UnsupportedError
@@ -84,7 +84,15 @@ def test_requests_of_several_adapters_share_passes_and_answer_as_alone(writers, 
 
 @torch.no_grad()
 def test_rows_that_join_and_leave_get_the_logits_of_a_cache_that_concatenates():
-    model = testing.tiny_llama()
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=256,  # shorter texts are concatenated
+    )
+    model = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(0)
     caches = [kv_cache.new_cache(model.config, mergeable=True), DynamicCache()]
 
@@ -100,7 +108,7 @@ def test_rows_that_join_and_leave_get_the_logits_of_a_cache_that_concatenates():
     mask[0, :2] = 0
     step(caches, 2, 5, mask)
     for rows in ([0, 1, 2], [2, 1], [1]):  # of those left, behind a newcomer
-        for _ in range(8):
+        for _ in range(20):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             step(caches, len(mask), 1, mask)
         new = [kv_cache.new_cache(model.config, mergeable=True), DynamicCache()]
