@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers import XLMConfig, XLMModel
 
 import petl
 from petl import testing
 from petl.methods.adopted import values
+from petl.testing.bases import tiny_llava
 
 ODD = (
     "r=7 is odd: only pairs of reflections cancel, which init_weights=true needs to start at the "
@@ -191,3 +193,19 @@ def test_what_a_tuner_of_pefts_does_not_take_is_refused_with_what_to_do():
     bare = nn.Sequential(nn.Linear(4, 4), nn.Identity())
     with pytest.raises(petl.InputError, match="has no weights; choose others"):
         petl.wrap(bare, "ln_tuning", target_modules=["1"])
+
+
+def test_norms_are_those_of_the_language_model_and_never_a_list_of_them():
+    base = tiny_llava()
+    model = petl.wrap(base, "ln_tuning")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("language_model" in name for name in trained)
+    # its blocks keep their norms in two lists, which are called entry by entry
+    fields = {"n_layers": 2, "n_heads": 2, "emb_dim": 8, "vocab_size": 11, "pad_index": 0}
+    model = petl.wrap(XLMModel(XLMConfig(**fields)), "ln_tuning").train()
+    model(torch.tensor([[3, 4, 5]])).last_hidden_state.square().sum().backward()
+    norms = {n.rsplit(".ln_tuning")[0] for n, p in model.named_parameters() if p.grad is not None}
+    ends = {name.removeprefix("base_model.model.") for name in norms}
+    blocks = {f"layer_norm{k}.{block}" for k in (1, 2) for block in (0, 1)}
+    assert ends == blocks | {"layer_norm_emb"}

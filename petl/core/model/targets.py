@@ -395,8 +395,10 @@ def choose_default(
         if not isinstance(module := model.get_submodule(name), nn.Linear) or is_linear(module)
     ]
     if not fits and adapts_norms(tuner):
-        norms = (name for name, module in model.named_modules() if is_norm(module))
-        set_targets(config, model, [name for name in norms if place(model, name) is not None])
+        norms = [name for name, module in model.named_modules() if is_norm(module)]
+        norms = names_of(LANGUAGE, norms, language_path(model))
+        inside = [name for name in norms if place(model, name) is not None]
+        set_targets(config, model, inside or norms)
     elif not fits:
         config.target_modules = "block-linear"
         resolve_targets(config, model, no_experts=no_experts)
