@@ -21,7 +21,7 @@ PURPOSES = {
     "methods and settings": (
         *("methods", "show", "configs", "batch-sizes", "buckets", "train-predictors"),
     ),
-    "what a run reached": ("report", "eval", "study", "strength"),
+    "what a run reached": ("report", "eval", "study", "advise", "strength"),
     "answers": ("generate", "draft", "retrieve", "mine"),
     "files for others": ("check", "export", "push", "pull"),
     "smaller adapters, and several in one": ("compress", "prune", "squeeze", "narrow", "combine"),

@@ -34,6 +34,7 @@ from petl.cli.arguments import (
     saved_model,
     saved_run,
     served_run,
+    some_of,
     strength,
     table,
     table_or_folder,
@@ -50,6 +51,13 @@ MODEL = "folder of a run, of an adapter, or of a merged model"
 JOBS = number(int, 1, 8 * (os.cpu_count() or 1))  # assumption: more jobs would only wait
 # of the folder of a study
 STUDY_FILES = ("runs", "tune", "replaced", "rates.json", "index.html", "results.md", "*.svg")
+# of the folder of an advice
+ADVICE_FILES = ("trials", "last", "configs", "schedule.json", "advice.json", "advice.html")
+# as in petl.core.support, which imports torch, and formats of petl export
+NEEDS = (
+    *("merge", "lora", "gguf", "vllm", "onnx", "mixed", "ddp", "fsdp", "deepspeed", "4bit", "8bit"),
+    *("torchao", "checkpointing", "compile", "new_tokens"),
+)
 ROLES, VECTOR_DTYPES = ("query", "document"), ("float32", "float16", "int8", "binary")
 BATCH = 8  # prompts of a file at a time
 API_KEY = "PETL_API_KEY"  # environment variable; words of a command are seen by all users
@@ -302,6 +310,38 @@ class StudyOptions(ComposeOptions):
     jobs: int = option("number of runs at a time", JOBS, 1)
     together: int = option(
         "runs of a method that train in one pass over one base (default: 1, each alone)", JOBS, 1
+    )
+
+
+@command("advise", "advise:advise")
+class AdviseOptions(ComposeOptions):
+    """Say which method, rank and learning rate to take, and how sure that is.
+
+      petl advise data=files data.train=reviews.csv
+      petl advise data=files data.train=chat.jsonl data.task=causal_lm model=hub \\
+          model.name=NAME --cost 3 --need merge,gguf --bytes 2MB
+
+    Short trainings on a part of the rows are scored on validation rows, the better ones again for
+    longer; with --cost 2 or more the best is trained at full length, and that adapter is yours.
+    The test rows are not touched; their score is predicted with an 80 % interval. Another method
+    than LoRA is advised only where it is better beyond doubt. Costs are processor seconds, in
+    plain runs (LoRA of rank 8, your epochs). SETTINGs are those of `petl train`, without a method.
+    The same command resumes a stopped one.
+    """
+
+    cost: float = option("plain runs to spend, from 1", number(float, 1, 100), 2.0)
+    need: list[str] = option(
+        f"what the adapter has to support: {', '.join(NEEDS)}", some_of(NEEDS), [], metavar="A,B"
+    )
+    bytes: int | None = option("largest file of the adapter, such as 2MB", byte_count)
+    lost: float | None = option(
+        "most that may be lost on other texts, in nats per token (drift of encoders)", POSITIVE
+    )
+    seconds: float | None = option("processor seconds that a training may take", POSITIVE)
+    out: Path = option(
+        "folder of the advice, new or to be resumed",
+        new_folder_to_write(ADVICE_FILES, ("schedule.json", "advice.json", "trials")),
+        "runs/advice",
     )
 
 

@@ -1,0 +1,64 @@
+"""The command `petl advise`: which method, rank and rate, within the cost of a few runs."""
+
+import inspect
+import signal
+from types import FrameType
+from typing import NoReturn
+
+from petl.cli.commands import composed
+from petl.cli.table import AdviseOptions
+from petl.errors import InputError, RunStopped
+from petl.system.processes import refuse_processes
+from petl.system.settings.command_line import how_to_continue
+from petl.training.program import SIGNALLED
+
+# what the command chooses itself: groups, and settings under `train`
+GROUPS = ("method", "loss", "ranks", "launch")
+CHOSEN = (
+    *("lr", "find_lr", "budget", "eval_steps", "validation_share", "early_stopping", "test"),
+    *("seed", "run", "output", "resume", "init_from", "together", "linear_probe", "score_before"),
+)
+
+
+def advise(options: AdviseOptions) -> None:
+    """Try settings, print the advice, and write its page.
+
+    Raises:
+        InputError: a setting that the command chooses, or as `Advisor.run`.
+        RunStopped: a signal ended it, or as `Advisor.run`.
+    """
+    for word in options.overrides:
+        key = word.lstrip("+").partition("=")[0]
+        group, _, name = key.partition(".")
+        if group in GROUPS or (group == "train" and name in CHOSEN):
+            raise InputError(
+                f"{word}: petl advise chooses {key}; leave it out, or compare what you name by "
+                "petl study"
+            )
+    refuse_processes("petl advise trains in one process; start it without torchrun")
+    composed(["+method=lora", *options.overrides])
+    from petl.cli.train import train
+    from petl.experiments.advice.advisor import Advisor, Request
+    from petl.experiments.reports.advised import print_advice, write_page
+
+    request = Request(
+        options.overrides,
+        options.out,
+        options.cost,
+        options.need,
+        options.bytes,
+        options.lost,
+        options.seconds,
+    )
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        # without what reports errors, which a run does itself
+        advice = Advisor(request, inspect.unwrap(train)).run()
+    except KeyboardInterrupt as error:
+        raise RunStopped(f"interrupted; {how_to_continue()}", status=130) from error
+    write_page(advice, options.out)
+    print_advice(advice, options.out)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise RunStopped(f"terminated; {how_to_continue()}", status=SIGNALLED + number)

@@ -1,0 +1,573 @@
+"""The trials of `petl advise`, the choice among them, and what is left in its folder.
+
+    trials/NAME-steps-N-seed-S/   runs of a rung; scored on validation rows, never on test rows
+    last/NAME-seed-S/             runs of full length
+    configs/method/advised.yaml   the advice, for --config-dir
+    schedule.json                 rungs, what was measured, seconds that were spent
+    advice.json, advice.html      what was found
+
+The trials of a rung train in one pass, in this process. Finished runs are kept, and rungs that were
+planned stay as they are: the same command resumes a stopped one.
+"""
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypedDict
+
+from omegaconf import DictConfig, OmegaConf
+
+from petl.core.types import Record
+from petl.data.base import read_from, refuse_stream
+from petl.data.models.loading import load_processor
+from petl.errors import InputError, RunStopped
+from petl.experiments.advice.candidates import (
+    SIMPLEST,
+    needs,
+    outward,
+    shortlist,
+    within,
+    words_of,
+)
+from petl.experiments.advice.evidence import LEVEL, Evidence, Rows, Setting, Trial, row_error
+from petl.experiments.advice.schedule import (
+    FEWEST_STEPS,
+    Budget,
+    Rung,
+    Seconds,
+    first_steps,
+    last_round,
+)
+from petl.experiments.reports.advised import named
+from petl.experiments.reports.entries import quality_of, validation_of
+from petl.experiments.reports.formatting import duration
+from petl.experiments.sweeps.study import AT_THE_END, slug
+from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.read import read_json
+from petl.system.settings.command_line import (
+    config_dir_words,
+    how_to_continue,
+    in_shell,
+    preset_of,
+    quoted,
+)
+from petl.training import program as app
+from petl.training.compose import compose
+from petl.training.dataloader import Splits, encode_splits
+from petl.training.distributed.launch import alone
+from petl.training.distributed.launch import start as start_device
+from petl.training.features import features_of, orders_of
+from petl.training.loop import Stepwise
+from petl.training.runs.records import ADAPTER, is_finished, read_results
+from petl.training.runs.resume import differences, identity
+from petl.training.runs.run_config import read_config
+from petl.training.together.runs import RunJob, train_runs
+from petl.training.wrapping import Bases
+
+SCHEDULE, ADVICE, RECIPE = "schedule.json", "advice.json", "advised"
+FEWEST_ROWS = 60  # of which a part for validation says something
+SHARE, ENOUGH = 0.2, 1000  # of the training rows for validation, and rows that are enough
+AT_A_TIME = 8  # trials of a pass
+LAST_SEED = 2  # of the runs of full length: not one of those that chose the setting
+FREE = ("train.steps", "train.seed", "train.lr")  # what tells the runs of an advice apart
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+        overrides: settings of `petl train` for every run, without a method.
+        folder: of the advice.
+        cost: in plain runs.
+        need: names of capabilities and formats.
+        bytes: of the file of the adapter, at most.
+        lost: on retained texts, at most, in nats per token (drift of models that do not write).
+        seconds: of the processor for a training, at most.
+    """
+
+    overrides: list[str]
+    folder: Path
+    cost: float
+    need: list[str] = field(default_factory=list)
+    bytes: int | None = None
+    lost: float | None = None
+    seconds: float | None = None
+
+
+class PlannedRun(TypedDict):
+    """A run in schedule.json."""
+
+    setting: list[str | int | float]
+    seed: int
+    steps: int
+
+
+class Planned(TypedDict):
+    """The content of schedule.json.
+
+    Attributes:
+        request: all that was asked for, and the settings of the runs.
+        seconds: as measured by the first trial, and by the last rung; None: not yet.
+        rungs: the runs of each.
+        last: those of full length; None: not yet.
+        spent: processor seconds so far.
+    """
+
+    request: Record
+    seconds: dict[str, float] | None
+    rungs: list[list[PlannedRun]]
+    last: list[PlannedRun] | None
+    spent: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much there is to train on.
+
+    Attributes:
+        train, validation, test: rows.
+        share: of the training rows, for validation.
+        steps: of a run of full length.
+        batch: rows of a step.
+    """
+
+    train: int
+    validation: int
+    test: int
+    share: float
+    steps: int
+    batch: int
+
+
+@dataclass
+class Advisor:
+    """Makes the trials that a cost has room for, and says what they say.
+
+    Args:
+        start: begins the work of a run, for `RunJob`.
+        clock: processor seconds of this process since its start.
+    """
+
+    request: Request
+    start: Callable[[DictConfig, Bases], Stepwise[float]]
+    clock: Callable[[], float] = time.process_time
+
+    def run(self) -> Record:
+        """Return the advice, also in advice.json.
+
+        Raises:
+            InputError: no method meets the constraints, or another command's folder.
+            RunStopped: all trials failed, or a signal ended them.
+        """
+        self.began, self.wall = self.clock(), time.monotonic()
+        self.config = read_config(compose([f"+method={SIMPLEST}", *self.request.overrides]))
+        self.request.folder.mkdir(parents=True, exist_ok=True)
+        with alone():
+            self.device = start_device(self.config.train.seed, self.config.precision)
+        data = read_from(self.config.data)
+        refuse_stream(data.train, "petl advise")
+        constraints = needs(self.request.need, data.task.peft_task_type)
+        if len(data.train) < FEWEST_ROWS:
+            self.list = shortlist(constraints)
+            return self._written(self._prior(len(data.train)))
+        share = min(SHARE, ENOUGH / len(data.train))
+        settings = self._common(share)
+        run = read_config(compose([f"+method={SIMPLEST}", *self.request.overrides, *settings]))
+        processor = load_processor(run.model, data.task)
+        orders = orders_of(features_of(run.resolved))
+        splits = encode_splits(data, processor, run.train, self.device, orders)
+        if self.request.bytes is not None:
+            constraints.append(within(self.request.bytes, self.request.overrides, splits))
+        self.list = shortlist(constraints)
+        self.sizes = sizes_of(splits, run.train.batch_size, share, splits.sampler(run.train).steps)
+        self.common = settings
+        self.planned = self._read(identity(run.resolved))
+        before = self.planned["spent"]
+        try:
+            self._try_all(before)
+        finally:
+            self.planned["spent"] = before + self.clock()
+            self._save()
+        return self._written(self._found())
+
+    # What was planned
+
+    def _read(self, settings: Record) -> Planned:
+        request = {
+            **{k: v for k, v in asdict(self.request).items() if k not in ("folder", "overrides")},
+            **{k: v for k, v in settings.items() if k not in FREE},
+        }
+        request = {key: value for key, value in request.items() if value not in (None, [])}
+        file = self.request.folder / SCHEDULE
+        if not file.exists():
+            return Planned(request=request, seconds=None, rungs=[], last=None, spent=0.0)
+        found = read_json(file, Planned)
+        others = differences(found["request"], request)
+        if others:
+            raise InputError(
+                f"{self.request.folder} has the advice of another command ({', '.join(others[:3])})"
+                ": use the same options and settings, or another --out"
+            )
+        return found  # ty: ignore[invalid-return-type]
+
+    def _save(self) -> None:
+        write_atomic(self.request.folder / SCHEDULE, as_json(self.planned))
+
+    @property
+    def seconds(self) -> Seconds:
+        """What runs cost, once the first trial is made."""
+        assert self.planned["seconds"] is not None
+        return Seconds(**self.planned["seconds"])
+
+    @cached_property
+    def full(self) -> int:
+        """The steps of a run of full length, which --seconds may limit.
+
+        Raises:
+            InputError: too few steps are left.
+        """
+        limit = self.request.seconds
+        if limit is None:
+            return self.sizes.steps
+        fixed = self.seconds.begin + self.seconds.run
+        steps = math.floor((limit - fixed) / self.seconds.step)
+        if steps < min(FEWEST_STEPS, self.sizes.steps):
+            needed = fixed + self.seconds.step * min(FEWEST_STEPS, self.sizes.steps)
+            raise InputError(
+                f"--seconds {limit:g} leaves {max(0, steps)} steps of {SIMPLEST}, of which "
+                f"{FEWEST_STEPS} need {needed:.0f} processor seconds here: give more"
+            )
+        return min(steps, self.sizes.steps)
+
+    @property
+    def unit(self) -> float:
+        """Processor seconds of the plain run: all rows, the user's length, one test scoring."""
+        # a pass without gradients takes about a third of a step
+        scored = self.sizes.test / self.sizes.batch / 3
+        steps = self.sizes.steps / (1 - self.sizes.share) + scored
+        return self.seconds.begin + self.seconds.of(1, round(steps))
+
+    # The runs
+
+    def _common(self, share: float) -> list[str]:
+        retained = [] if self.request.lost is not None else ["retain.data=null"]
+        return [
+            *("train.linear_probe=false", "train.score_before=false", "train.test=false"),
+            *(f"train.eval_steps={AT_THE_END}", f"train.validation_share={share:.4g}"),
+            *("train.keep_checkpoints=1", "train.resume=auto", *retained),
+        ]
+
+    def folder_of(self, run: PlannedRun, *, last: bool = False) -> Path:
+        """Return the folder of a run."""
+        method, rank, rate = run["setting"]
+        name = slug(f"{method}-r{rank}-lr{rate:g}")
+        if last:
+            return self.request.folder / "last" / f"{name}-seed-{run['seed']}"
+        return self.request.folder / "trials" / f"{name}-steps-{run['steps']}-seed-{run['seed']}"
+
+    def words(self, run: PlannedRun, folder: Path) -> list[str]:
+        """Return the settings of `petl train` of a run."""
+        return [
+            *words_of(setting_of(run)),
+            *self.request.overrides,
+            *self.common,
+            *(f"train.steps={run['steps']}", f"train.seed={run['seed']}"),
+            f"train.run={quoted(str(folder))}",
+        ]
+
+    def _make(self, runs: Sequence[PlannedRun], *, last: bool = False) -> float:
+        """Make the runs that are not finished, in one pass; return their processor seconds."""
+        begun = self.clock()
+        jobs = []
+        for run in runs:
+            folder = self.folder_of(run, last=last)
+            if is_finished(folder):
+                continue
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            words = self.words(run, folder)
+            log = folder.with_name(f"{folder.name}.log")
+            jobs.append(RunJob(words, partial(compose, words), log, self.start))
+        signalled = train_runs(jobs, AT_A_TIME)
+        if signalled:
+            status = app.SIGNALLED + signalled
+            raise RunStopped(f"interrupted; {how_to_continue()}", status=status)
+        failed = [job for job in jobs if job.error is not None]
+        for job in failed:
+            logger.warning("a trial failed, and is left out: see %s", job.log)
+        if len(failed) == len(runs):
+            raise RunStopped(
+                f"all {len(runs)} runs failed, see {failed[0].log}: {failed[0].error}", status=1
+            )
+        del jobs, failed
+        gc.collect()  # models, which refer to themselves
+        return self.clock() - begun
+
+    def _try_all(self, before: float) -> None:
+        """Make the rungs and the last round."""
+
+        def spent() -> float:
+            return before + self.clock()
+
+        steps = first_steps(self.sizes.steps)
+        plain, *others = self.list.allowed
+        first = planned(plain, 0, steps)
+        if self.planned["seconds"] is None:
+            self._say(f"a first trial of {steps} steps, which measures what a step costs", None)
+            taken = self._make([first])
+            scores = read_results(self.folder_of(first))
+            step = scores["cpu_seconds"] / scores["steps"]
+            # of a trial that was resumed, the steps before that are not among these seconds
+            rest = max(0.0, taken - scores["cpu_seconds"])
+            self.planned["seconds"] = asdict(Seconds(self.began, rest, step))
+        budget = Budget(self.request.cost, self.unit, self.full)
+        if not self.planned["rungs"]:
+            excluded = [s for found in self.list.excluded.values() for s in found]
+            # what a constraint costs is worth a trial after the first few
+            settings = [*others[:3], *excluded, *others[3:]]
+            room = budget.first(spent(), self.seconds, 1 + len(settings))
+            self._plan([first, *(planned(s, 0, steps) for s in settings[: room - 1])])
+        for number in range(budget.rungs):
+            if number == len(self.planned["rungs"]) and not self._plan_next(budget, spent()):
+                break
+            runs = self.planned["rungs"][number]
+            self._say(
+                f"trials, round {number + 1} of {budget.rungs}: {len(runs)} of "
+                f"{runs[0]['steps']:,} steps",
+                budget.cost * budget.unit - spent(),
+            )
+            due = [run for run in runs if not is_finished(self.folder_of(run))]
+            taken = self._make(runs)
+            if len(due) > 1:
+                measured = self.seconds.measured(len(due), runs[0]["steps"], taken)
+                self.planned["seconds"] = asdict(measured)
+                self._save()
+        if self.planned["last"] is None:
+            self.planned["last"] = self._last()
+            self._save()
+        if self.planned["last"]:
+            names = ", ".join(named(setting_of(run)._asdict()) for run in self.planned["last"])
+            left = self.seconds.of(len(self.planned["last"]), self.full)
+            self._say(f"the last round, {self.full:,} steps: {names}", left)
+            self._make(self.planned["last"], last=True)
+
+    def _say(self, text: str, left: float | None) -> None:
+        """Log what begins, and how long all will take at the speed so far."""
+        pace = (time.monotonic() - self.wall) / max(1e-9, self.clock() - self.began)
+        rest = "" if left is None else f"; about {duration(max(0.0, left) * pace)} left"
+        logger.info("%s%s", text, rest)
+
+    def _plan(self, runs: list[PlannedRun]) -> None:
+        self.planned["rungs"].append(runs)
+        self._save()
+
+    def _plan_next(self, budget: Budget, spent: float) -> bool:
+        """Plan the next rung; return False if the cost has no room for it."""
+        evidence = self.evidence
+        ranked, tried = evidence.ranked(), {trial.setting for trial in evidence.trials}
+        rungs = self.planned["rungs"]
+        rung = budget.following(len(rungs), spent, self.seconds, len(ranked), rungs[-1][0]["steps"])
+        if rung is None:
+            return False
+        chosen = finalists(ranked, tried, rung)
+        self._plan([planned(s, seed, rung.steps) for s in chosen for seed in range(rung.seeds)])
+        return True
+
+    def _last(self) -> list[PlannedRun]:
+        """Return the runs of full length: of the best setting, and of the next best."""
+        rung, evidence = last_round(self.request.cost), self.evidence
+        settings = [evidence.best, evidence.next_best][: rung.settings]
+        return [
+            planned(setting, LAST_SEED + seed, self.full)
+            for setting in settings
+            if setting is not None
+            for seed in range(rung.seeds)
+        ]
+
+    # What they say
+
+    @property
+    def results(self) -> dict[Path, tuple[PlannedRun, Record]]:
+        """All finished runs with a finite score: by their folders, with their scores.json."""
+        last = self.planned["last"] or []
+        runs = {self.folder_of(run): run for rung in self.planned["rungs"] for run in rung}
+        runs |= {self.folder_of(run, last=True): run for run in last}
+        found = {
+            folder: (run, read_results(folder))
+            for folder, run in runs.items()
+            if is_finished(folder)
+        }
+        return {folder: each for folder, each in found.items() if score_of(each[1]) > -math.inf}
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the finished runs say so far.
+
+        Raises:
+            InputError: none of them keeps --lost.
+        """
+        trials, lost = [], {}
+        scores: Record = {}
+        for run, scores in self.results.values():
+            setting = setting_of(run)
+            score, loss = quality_of(scores, validation_of(scores))
+            trials.append(Trial(setting, run["seed"], run["steps"], score, loss))
+            lost[setting] = max(lost_of(scores), lost.get(setting, -math.inf))
+        excluded = {setting for found in self.list.excluded.values() for setting in found}
+        if self.request.lost is not None:
+            excluded |= {setting for setting, value in lost.items() if value > self.request.lost}
+            if lost.keys() <= excluded:
+                raise InputError(
+                    f"--lost {self.request.lost:g}: all {len(lost)} settings that were tried lost "
+                    f"more, {min(lost.values()):.3f} at least; give more, or set retain.mix"
+                )
+        shown, metric, sizes = validation_of(scores), scores["metric"], self.sizes
+        errors = [row_error(metric, shown, count) for count in (sizes.validation, sizes.test)]
+        return Evidence(trials, Rows(*errors, sizes.validation), self.full, SIMPLEST, excluded)
+
+    def _found(self) -> Record:
+        evidence, results = self.evidence, self.results
+        best, following = evidence.best, evidence.next_best
+        scores = next(iter(results.values()))[1]
+        prediction, variances = evidence.predicted()
+        sign = 1 if scores["higher_is_better"] else -1
+        limits = sorted((sign * prediction.low, sign * prediction.high))
+        made = {self.folder_of(run, last=True) for run in self.planned["last"] or []}
+        own = next((f for f in results if f in made and setting_of(results[f][0]) == best), None)
+        lost = -math.inf if own is None else lost_of(results[own][1])
+        constraints: Record = {}
+        for words, reasons in self.list.reasons.items():
+            found = evidence.forgone(self.list.excluded.get(words, []))
+            constraints[words] = {
+                "excludes": len(reasons),
+                "without": found and {**found[0]._asdict(), "gain": found[1]._asdict()},
+            }
+        return {
+            **self._line(best, self.full / self.sizes.steps),
+            "run": own and str(own),
+            "adapter": own and str(own / ADAPTER),
+            "metric": scores["metric"],
+            "higher_is_better": scores["higher_is_better"],
+            "predicted": {
+                "score": sign * prediction.center,
+                "low": limits[0],
+                "high": limits[1],
+                "level": LEVEL,
+                "degrees_of_freedom": prediction.degrees,
+                "variances": variances,
+            },
+            # differences are gains: of a loss, by how much it is lower
+            "leader": evidence.ranked()[0]._asdict(),
+            "lead": evidence.gain and evidence.gain._asdict(),
+            "next_best": following
+            and {**following._asdict(), "gain": evidence.difference(following, best)._asdict()},
+            "constraints": constraints,
+            "lost": lost if math.isfinite(lost) else None,
+            "trials": [
+                {**setting_of(run)._asdict(), "seed": run["seed"], "steps": run["steps"]}
+                | {"validation": sign * score_of(scores), "run": str(folder)}
+                for folder, (run, scores) in results.items()
+            ],
+            "rows": asdict(self.sizes),
+            "cost": self.request.cost,
+            "seconds": {"spent": self.planned["spent"], "plain_run": self.unit},
+        }
+
+    def _prior(self, rows: int) -> Record:
+        """Return the advice without a trial: the usual setting of the first method allowed."""
+        return {
+            **self._line(self.list.allowed[0], 1.0),
+            "predicted": None,
+            "rows": {"train": rows},
+            "fewest_rows": FEWEST_ROWS,
+            "cost": self.request.cost,
+            "seconds": {"spent": self.clock()},
+        }
+
+    def _line(self, setting: Setting, length: float) -> Record:
+        """Return a setting with the line that trains it; writes its YAML.
+
+        Args:
+            length: of the training, as a share of the user's.
+        """
+        train = self.config.train
+        own = {"epochs": train.epochs} if train.steps is None else {"steps": train.steps}
+        chosen = {k: v if length == 1 else float(f"{v * length:.3g}") for k, v in own.items()}
+        if "steps" in chosen:
+            chosen["steps"] = int(chosen["steps"])
+        changed = [f"train.{name}={value}" for name, value in chosen.items() if length < 1]
+        names = tuple(f"train.{name}=" for name in chosen) if changed else ()
+        kept = [word for word in self.request.overrides if not (names and word.startswith(names))]
+        file = self.request.folder / "configs" / "method" / f"{RECIPE}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "defaults": [f"{setting.method}@method", "_self_"],
+            "recipe": RECIPE,
+            "method": {"r": setting.rank},
+            "train": {"lr": setting.rate, **chosen},
+        }
+        write_atomic(file, f"# @package _global_\n{OmegaConf.to_yaml(OmegaConf.create(content))}")
+        recipe = [f"+method={RECIPE}", *kept, *changed]
+        return {
+            **setting._asdict(),
+            "alpha": preset_of(setting.method).get("lora_alpha"),
+            "blocks": "all",
+            **chosen,
+            "command": in_shell([*config_dir_words(), *words_of(setting), *kept, *changed]),
+            "config": str(file),
+            "with_config": in_shell(["--config-dir", str(file.parents[1]), *recipe]),
+        }
+
+    def _written(self, advice: Record) -> Record:
+        write_atomic(self.request.folder / ADVICE, as_json(advice))
+        return advice
+
+
+def planned(setting: Setting, seed: int, steps: int) -> PlannedRun:
+    """Return a run as schedule.json has it."""
+    return PlannedRun(setting=[*setting], seed=seed, steps=steps)
+
+
+def setting_of(run: PlannedRun) -> Setting:
+    """Return the setting of a run."""
+    method, rank, rate = run["setting"]
+    return Setting(str(method), int(rank), float(rate))
+
+
+def score_of(scores: Record) -> float:
+    """Return the validation score of a run, higher is better; -inf without a finite one."""
+    return quality_of(scores, validation_of(scores))[0]
+
+
+def lost_of(scores: Record) -> float:
+    """Return what a run lost on retained texts; -inf if that was not measured."""
+    found = scores.get("retained") or {}
+    return next((found[name] for name in ("lost", "drift") if name in found), -math.inf)
+
+
+def finalists(ranked: Sequence[Setting], tried: set[Setting], rung: Rung) -> list[Setting]:
+    """Return the settings of the next rung: the best of the simplest method, and of the others.
+
+    Where the best rate of the simplest method is at the end of those that were tried, the next one
+    outward takes the last place of three.
+    """
+    simple = [setting for setting in ranked if setting.method == SIMPLEST]
+    others = [setting for setting in ranked if setting.method != SIMPLEST]
+    first = [found[0] for found in (simple, others) if found]
+    chosen = [*first, *(setting for setting in ranked if setting not in first)][: rung.settings]
+    beyond = outward(simple[0], tried) if simple else None
+    if beyond is not None and len(chosen) > len(first):
+        chosen[-1] = beyond
+    return chosen
+
+
+def sizes_of(splits: Splits, batch: int, share: float, steps: int) -> Sizes:
+    """Return how many rows and steps there are."""
+    assert splits.validation is not None, "train.eval_steps is set"
+    return Sizes(len(splits.known), len(splits.validation), len(splits.test), share, steps, batch)

@@ -1,0 +1,169 @@
+"""What `petl advise` prints, and its page."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from petl.core.types import Record
+from petl.data.tasks.scores import is_percentage, shown
+from petl.experiments.reports.formatting import (
+    Table,
+    duration,
+    echo,
+    interval_text,
+    print_table,
+    score,
+)
+from petl.experiments.reports.page import Curve, address, line_chart, render_page
+from petl.system.files.disk import write_atomic
+from petl.training.runs.records import REPORT
+
+PAGE = "advice.html"
+MOST_CURVES = 6
+
+
+def named(setting: Mapping[str, object]) -> str:
+    """Return a setting as text: "lora, r 8, lr 0.001"."""
+    return f"{setting['method']}, r {setting['rank']}, lr {setting['rate']:g}"
+
+
+def gained(metric: str, gain: Mapping[str, float]) -> str:
+    """Return a difference with its interval: "+0.8 points (-1.2 to +2.8)"; "nats" of a loss."""
+    factor, digits, unit = (100, 1, " points") if is_percentage(metric) else (1, 3, "")
+    if metric == "loss":
+        unit = " nats"
+    center, low, high = (f"{factor * gain[k]:+.{digits}f}" for k in ("center", "low", "high"))
+    return f"{center}{unit} ({low} to {high})"
+
+
+def headline(advice: Record) -> str:
+    """Return the advice in a line."""
+    alpha = "" if advice["alpha"] is None else f", alpha {advice['alpha']:g}"
+    length = f"{advice['epochs']:g} epochs" if "epochs" in advice else f"{advice['steps']} steps"
+    return (
+        f"take {advice['method']}, rank {advice['rank']}{alpha}, learning rate "
+        f"{advice['rate']:g}, {advice['blocks']} blocks, {length}"
+    )
+
+
+def facts_of(advice: Record) -> dict[str, str]:
+    """Return what is said of the advice, by name."""
+    if advice["predicted"] is None:
+        rows, fewest = advice["rows"]["train"], advice["fewest_rows"]
+        return {
+            "no interval": f"{rows} training rows are too few to hold some out for validation "
+            f"({fewest} at least): this is the default, and nothing was tried"
+        }
+    metric, predicted, spent = advice["metric"], advice["predicted"], advice["seconds"]
+    between = interval_text(metric, (predicted["low"], predicted["high"]))
+    found = {
+        f"predicted test {shown(metric)}": f"{score(metric, predicted['score'])}, "
+        f"{100 * predicted['level']:.0f} % interval {between}",
+        "other methods": verdict(advice),
+    }
+    following = advice["next_best"]
+    if following:
+        found["next best"] = f"{named(following)}: {gained(metric, following['gain'])}"
+    for words, cost in advice["constraints"].items():
+        without = cost["without"]
+        text = f"excludes {cost['excludes']} choices"
+        if without:
+            text += f"; {named(without)} would change {gained(metric, without['gain'])}"
+        found[words] = text + ("" if without or not cost["excludes"] else ", none of them tried")
+    if advice["lost"] is not None:
+        found["lost on other texts"] = f"{advice['lost']:.3f}"
+    if advice["run"] is not None:
+        found["the adapter, trained"] = (
+            f"{advice['adapter']} (`petl eval {advice['run']}` scores it on the test rows, which "
+            "were not touched)"
+        )
+    runs = spent["spent"] / spent["plain_run"]
+    found["spent"] = (
+        f"{duration(spent['spent'])} of processor time, {runs:.2f} of the plain run's "
+        f"{duration(spent['plain_run'])} (--cost {advice['cost']:g})"
+    )
+    return found
+
+
+def verdict(advice: Record) -> str:
+    """Return how the advised method compares with the simplest, in a sentence."""
+    lead, leader = advice["lead"], advice["leader"]
+    methods = {trial["method"] for trial in advice["trials"]}
+    if methods == {advice["method"]}:
+        return "none was tried: the cost or the constraints left no room"
+    if lead is None:
+        others = ", ".join(sorted(methods - {advice["method"]}))
+        return f"none of those tried is better ({others})"
+    text = gained(advice["metric"], lead)
+    if leader["method"] == advice["method"] != "lora":
+        return f"{named(leader)} is better than the best LoRA: {text}"
+    if leader["method"] == "lora":
+        return f"{named(leader)} leads: {text}"
+    return f"{named(leader)} leads by {text}: cannot be told apart, so take LoRA"
+
+
+def print_advice(advice: Record, folder: Path) -> None:
+    """Print the advice."""
+    echo(headline(advice))
+    echo(f"  {advice['command']}")
+    echo(f"  {advice['with_config']}", end="\n\n")
+    print_table(("", ""), facts_of(advice).items())
+    echo()
+    echo(f"page: {folder / PAGE}")
+
+
+def trials_of(advice: Record, folder: Path) -> Table:
+    """Return the table of all trials, the longest and best first."""
+    sign = 1 if advice["higher_is_better"] else -1
+    found = sorted(advice["trials"], key=lambda t: (-t["steps"], -sign * t["validation"]))
+    metric = advice["metric"]
+    rows = [
+        [named(trial), str(trial["steps"]), str(trial["seed"]), score(metric, trial["validation"])]
+        for trial in found
+    ]
+    columns = ["setting", "steps", "seed", f"validation {shown(metric)}"]
+    links = {(i, 0): Path(trial["run"]) / REPORT for i, trial in enumerate(found)}
+    return Table(columns, rows, links)
+
+
+def charts_of(advice: Record) -> Iterator[str]:
+    """Yield a chart of score by steps, of settings tried at several lengths, and one by rank."""
+    y = f"validation {shown(advice['metric'])}"
+    by_steps: dict[str, dict[int, list[float]]] = {}
+    by_rank: dict[int, float] = {}
+    shortest = min(trial["steps"] for trial in advice["trials"])
+    for trial in advice["trials"]:
+        by_steps.setdefault(named(trial), {}).setdefault(trial["steps"], []).append(
+            trial["validation"]
+        )
+        if trial["steps"] == shortest and trial["method"] == "lora":
+            best = max if advice["higher_is_better"] else min
+            known = by_rank.get(trial["rank"], trial["validation"])
+            by_rank[trial["rank"]] = best(known, trial["validation"])
+    curves = [
+        Curve(name, [(steps, sum(s) / len(s)) for steps, s in sorted(found.items())])
+        for name, found in by_steps.items()
+        if len(found) > 1
+    ]
+    if curves:
+        yield line_chart(curves[:MOST_CURVES], "Score by length of training", x="steps", y=y)
+    if len(by_rank) > 1:
+        title = f"LoRA by rank, {shortest} steps"
+        yield line_chart([Curve("lora", sorted(by_rank.items()))], title, x="rank", y=y)
+
+
+def write_page(advice: Record, folder: Path) -> Path:
+    """Write advice.html; return it."""
+    has_trials = advice["predicted"] is not None
+    table = trials_of(advice, folder) if has_trials else None
+    page = render_page(
+        "Advice",
+        PAGE,
+        about=headline(advice),
+        advice=advice,
+        facts=facts_of(advice),
+        table=table,
+        links={at: address(file, folder) for at, file in table.links.items()} if table else {},
+        charts=list(charts_of(advice)) if has_trials else [],
+    )
+    write_atomic(folder / PAGE, page)
+    return folder / PAGE

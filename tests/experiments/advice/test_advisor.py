@@ -1,0 +1,226 @@
+"""`petl advise`: what it tries, what it keeps, and what it says."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+from comparable import write_run
+from training_fixtures import Tiny, example
+
+from petl.errors import InputError, RunStopped
+from petl.experiments.advice.advisor import Advisor, Request
+from petl.training.compose import compose
+from petl.training.runs.run_config import read_config
+
+pytest_plugins = ["training_fixtures"]
+
+
+@pytest.fixture(scope="module")
+def rows(tiny: Tiny) -> list[str]:
+    """Settings of a run on 200 rows of three classes, for a small BERT."""
+    rng = Random(1)
+    file = tiny.folder / "many.csv"
+    with file.open("w", newline="") as opened:
+        csv.writer(opened).writerows([("text", "label"), *(example(rng) for _ in range(250))])
+    data = ["data=files", f"data.train={file}", "data.test_share=0.2", "data.max_length=16"]
+    model = [word for word in tiny.steady if word.startswith("model")]
+    return [*model, *data, "train.batch_size=8", "train.epochs=10"]
+
+
+class Faked:
+    """Runs that have scores without training; a method's rank and rate give the score.
+
+    Attributes:
+        made: the folders of runs, in the order in which they were made.
+        spent: processor seconds.
+        stop_after: runs after which a signal comes.
+    """
+
+    def __init__(self, monkeypatch, score: Callable[..., float]) -> None:
+        self.made, self.spent, self.score = [], 5.0, score
+        self.stop_after: int | None = None
+        self.more: dict[str, object] = {}
+        faked = self
+
+        def make(advisor: Advisor, runs, *, last=False) -> float:
+            begun = faked.spent
+            for run in runs:
+                folder = advisor.folder_of(run, last=last)
+                if (folder / "scores.json").exists():
+                    continue
+                if len(faked.made) == faked.stop_after:
+                    raise RunStopped("interrupted")
+                method, rank, rate = run["setting"]
+                value = faked.score(method, rank, rate, run["steps"], run["seed"])
+                seconds = 0.1 * run["steps"]
+                figures = {"validation": value, "cpu_seconds": seconds, "steps": run["steps"]}
+                words = [f"+method={method}", f"train.lr={rate:g}"]
+                write_run(folder, 0.0, *words, **figures, **faked.more)
+                faked.made.append(str(folder.relative_to(advisor.request.folder)))
+                faked.spent += 1 + seconds
+            return faked.spent - begun
+
+        monkeypatch.setattr(Advisor, "_make", make)
+
+    def advise(self, folder: Path, overrides: list[str], cost: float = 2.0, **more):
+        """The advice; trials start without a run of theirs."""
+        request = Request(overrides, folder, cost, **more)
+        return Advisor(request, lambda cfg, bases: iter(()), lambda: self.spent).run()
+
+
+def by_rate(method, rank, rate, steps, seed):
+    """LoRA of rate 0.003 is the best, and longer is better."""
+    return 0.8 - 0.1 * abs(rate - 3e-3) / 3e-3 - 1 / steps - (method != "lora") * 0.1 + 1e-3 * seed
+
+
+@pytest.fixture
+def faked(monkeypatch) -> Faked:
+    return Faked(monkeypatch, by_rate)
+
+
+def test_the_advice_is_the_best_within_the_cost(faked, rows, tmp_path):
+    found = faked.advise(tmp_path / "a", rows)
+    assert (found["method"], found["rate"]) == ("lora", 0.003)
+    assert found["seconds"]["spent"] <= 2 * found["seconds"]["plain_run"]
+    predicted = found["predicted"]
+    assert predicted["low"] < predicted["score"] < predicted["high"]
+    assert found["run"] == str(tmp_path / "a" / "last" / "lora-r8-lr0.003-seed-2")
+    assert [name for name in faked.made if name.startswith("last")] == [faked.made[-1]]
+    # what the page and the file say is the same
+    assert json.loads((tmp_path / "a" / "advice.json").read_text()) == json.loads(json.dumps(found))
+    # longer rungs have fewer settings
+    lengths = sorted({t["steps"] for t in found["trials"]})
+    counts = [len({t["rate"] for t in found["trials"] if t["steps"] == n}) for n in lengths]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_the_configuration_trains_what_is_advised(faked, rows, tmp_path, monkeypatch):
+    found = faked.advise(tmp_path / "a", rows)
+    monkeypatch.setattr("petl.system.settings.command_line._added", [tmp_path / "a" / "configs"])
+    named = read_config(compose(["+method=advised", *rows]))
+    plain = read_config(compose(["+method=lora", "method.r=8", "train.lr=0.003", *rows]))
+    assert named.method == plain.method
+    assert named.train == plain.train
+    assert found["alpha"] == plain.method["lora_alpha"]
+
+
+def test_a_cost_of_one_run_has_no_last_round(faked, rows, tmp_path):
+    found = faked.advise(tmp_path, rows, cost=1.0)
+    assert found["run"] is None
+    assert not [name for name in faked.made if name.startswith("last")]
+    assert found["seconds"]["spent"] <= found["seconds"]["plain_run"]
+    assert found["predicted"]["variances"]["length"] > 0
+
+
+def test_from_a_cost_of_four_two_settings_have_two_seeds(faked, rows, tmp_path):
+    found = faked.advise(tmp_path, rows, cost=4.0)
+    last = [name for name in faked.made if name.startswith("last")]
+    assert len(last) == 4
+    assert {name[-1] for name in last} == {"2", "3"}
+    assert found["seconds"]["spent"] <= 4 * found["seconds"]["plain_run"]
+
+
+@pytest.mark.thorough
+def test_a_stopped_advice_goes_on(faked, rows, tmp_path):
+    whole = faked.advise(tmp_path / "whole", rows)
+    made, faked.made = faked.made, []
+    for stop in (0, 4, len(made) - 1):
+        faked.stop_after, faked.made, faked.spent = stop, [], 5.0
+        with pytest.raises(RunStopped):
+            faked.advise(tmp_path / str(stop), rows)
+        faked.stop_after, before, faked.spent = None, faked.made, 5.0
+        found = faked.advise(tmp_path / str(stop), rows)
+        assert len(faked.made) == len(set(faked.made)), "nothing is trained twice"
+        assert faked.made[: len(before)] == before
+        assert (found["method"], found["rank"], found["rate"]) == ("lora", 8, 0.003)
+        # the second start is paid for, too
+        assert found["seconds"]["spent"] > whole["seconds"]["spent"] - 10
+    again = faked.advise(tmp_path / "whole", rows)
+    assert again["trials"] == whole["trials"]
+
+
+def test_another_command_does_not_take_over_a_folder(faked, rows, tmp_path):
+    faked.advise(tmp_path, rows)
+    with pytest.raises(InputError, match="another command"):
+        faked.advise(tmp_path, [*rows, "train.weight_decay=0.1"])
+    with pytest.raises(InputError, match=r"another command.*cost"):
+        faked.advise(tmp_path, rows, cost=3.0)
+
+
+def test_too_few_rows_get_the_default_without_an_interval(faked, tiny, tmp_path):
+    found = faked.advise(tmp_path, tiny.steady)
+    assert found["predicted"] is None
+    assert (found["method"], found["rank"], faked.made) == ("lora", 8, [])
+    assert "method.r=8" in found["command"]
+
+
+@pytest.mark.thorough
+def test_what_a_constraint_costs_is_tried(faked, rows, tmp_path):
+    faked.score = lambda method, rank, *_: 0.5 + 0.01 * rank * (method == "lora")
+    found = faked.advise(tmp_path, rows, bytes=20_000)
+    assert found["rank"] < 8
+    ((words, cost),) = found["constraints"].items()
+    assert words == "--bytes 20,000"
+    assert cost["excludes"] > 0
+    assert cost["without"]["rank"] == 8
+    assert cost["without"]["gain"]["center"] == pytest.approx(0.01 * (8 - found["rank"]))
+
+
+def test_settings_that_lose_too_much_are_not_advised(faked, rows, tmp_path):
+    faked.more = {"retained": {"drift": 0.5}}
+    with pytest.raises(InputError, match=r"--lost 0.1: .*0.500"):
+        faked.advise(tmp_path / "a", rows, lost=0.1)
+    assert faked.advise(tmp_path / "b", rows, lost=0.6)["lost"] == 0.5
+
+
+def test_a_limit_of_seconds_shortens_the_training(faked, rows, tmp_path):
+    # the start takes 5 seconds, a run 1, a step 0.1: 4 are left
+    found = faked.advise(tmp_path / "a", rows, seconds=10.0)
+    assert {t["steps"] for t in found["trials"] if "/last/" in t["run"]} == {40}
+    steps = 10 * found["rows"]["train"] / 8
+    assert found["epochs"] == pytest.approx(10 * 40 / steps, rel=0.02)
+    assert f"train.epochs={found['epochs']}" in found["command"]
+    with pytest.raises(InputError, match=r"--seconds 6\.5"):
+        faked.advise(tmp_path / "b", rows, seconds=6.5)
+
+
+def test_losses_are_predicted_as_losses(faked, rows, tmp_path):
+    faked.more = {
+        "metric": "loss",
+        "higher_is_better": False,
+        "validation_scores": {"loss": 1.5, "accuracy": 0.0},
+        "after": None,
+    }
+    found = faked.advise(tmp_path, rows)
+    assert found["predicted"]["low"] < found["predicted"]["score"] < found["predicted"]["high"]
+    assert found["predicted"]["score"] == pytest.approx(1.5, abs=0.01)
+    assert {t["validation"] for t in found["trials"]} == {1.5}
+
+
+@pytest.mark.thorough
+def test_real_trainings_end_in_an_adapter_and_touch_no_test_row(
+    rows, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["petl", "advise"])
+    settings = [*rows, "train.epochs=2"]
+    status, out, err = command("advise", *settings, "--need", "merge", "--out", tmp_path / "a")
+    assert status == 0, err
+    found = json.loads((tmp_path / "a" / "advice.json").read_text())
+    assert found["command"] in out
+    assert (Path(found["adapter"]) / "adapter_model.safetensors").exists()
+    runs = [file.parent for file in (tmp_path / "a").rglob("scores.json")]
+    assert len(runs) == len(found["trials"])
+    for run in runs:
+        scores = json.loads((run / "scores.json").read_text())
+        assert scores["after"] is scores.get("before") is None
+        assert not (run / "predictions.jsonl").exists()
+    assert "mola" not in {trial["method"] for trial in found["trials"]}  # it cannot be merged
+    page = (tmp_path / "a" / "advice.html").read_text()
+    assert found["command"].replace("'", "&#39;") in page
+    # the same command trains nothing more
+    times = {run: (run / "scores.json").stat().st_mtime_ns for run in runs}
+    assert command("advise", *settings, "--need", "merge", "--out", tmp_path / "a")[0] == 0
+    assert {run: (run / "scores.json").stat().st_mtime_ns for run in runs} == times
