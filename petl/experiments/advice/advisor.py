@@ -172,7 +172,7 @@ class Advisor:
         with alone():
             self.device = start_device(self.config.train.seed, self.config.precision)
         data = read_from(self.config.data)
-        refuse_stream(data.train, "petl advise")
+        refuse_stream(data.train, "petl advise")  # its length is unknown
         constraints = needs(self.request.need, data.task.peft_task_type)
         if len(data.train) < FEWEST_ROWS:
             self.list = shortlist(constraints)
@@ -189,6 +189,7 @@ class Advisor:
         self.sizes = sizes_of(splits, run.train.batch_size, share, splits.sampler(run.train).steps)
         self.common = settings
         self.planned = self._read(identity(run.resolved))
+        # of a command that is resumed, what was spent before counts too
         before = self.planned["spent"]
         try:
             self._try_all(before)
@@ -204,6 +205,7 @@ class Advisor:
             **{k: v for k, v in asdict(self.request).items() if k not in ("folder", "overrides")},
             **{k: v for k, v in settings.items() if k not in FREE},
         }
+        # as JSON gives it back, and without what was not asked for
         request = {key: value for key, value in request.items() if value not in (None, [])}
         file = self.request.folder / SCHEDULE
         if not file.exists():
@@ -299,6 +301,7 @@ class Advisor:
             status = app.SIGNALLED + signalled
             raise RunStopped(f"interrupted; {how_to_continue()}", status=status)
         failed = [job for job in jobs if job.error is not None]
+        # such as a rate at which the loss is not finite
         for job in failed:
             logger.warning("a trial failed, and is left out: see %s", job.log)
         if len(failed) == len(runs):
@@ -437,6 +440,7 @@ class Advisor:
         scores = next(iter(results.values()))[1]
         prediction, variances = evidence.predicted()
         sign = 1 if scores["higher_is_better"] else -1
+        # a sign that turns swaps the ends
         limits = sorted((sign * prediction.low, sign * prediction.high))
         made = {self.folder_of(run, last=True) for run in self.planned["last"] or []}
         own = next((f for f in results if f in made and setting_of(results[f][0]) == best), None)

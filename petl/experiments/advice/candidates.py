@@ -51,6 +51,7 @@ def order(ranks: Sequence[int], others: Iterable[str]) -> list[Setting]:
     rest = [at(method, OTHERS[method]) for method in others]
     if not ranks:
         return [at(s.method, s.rank, power) for power in (0, 1, -1) for s in rest]
+    # the plain run's rank, or the largest below it that may be tried
     usual = max((rank for rank in ranks if rank <= RANK), default=ranks[0])
     wider = [at(SIMPLEST, rank) for rank in (4 * usual,) if rank in ranks]
     narrower = [at(SIMPLEST, rank) for rank in (usual // 4,) if rank in ranks]
@@ -156,6 +157,7 @@ def shortlist(constraints: Sequence[Constraint]) -> Shortlist:
         each.words: {pair: why for pair in pairs if (why := each.why(*pair))}
         for each in constraints
     }
+    # those that all constraints leave
     left = [pair for pair in pairs if not any(pair in found for found in reasons.values())]
     if not left:
         most = max(reasons, key=lambda words: len(reasons[words]))
@@ -169,6 +171,7 @@ def shortlist(constraints: Sequence[Constraint]) -> Shortlist:
         [rank for method, rank in left if method == SIMPLEST],
         [method for method, _ in left if method != SIMPLEST],
     )
+    # what two constraints exclude is the price of neither
     alone = {
         words: [
             setting

@@ -145,6 +145,7 @@ class Evidence:
         several = [scores for scores in groups.values() if len(scores) > 1]
         degrees = sum(len(scores) - 1 for scores in several)
         squares = sum(statistics.variance(scores) * (len(scores) - 1) for scores in several)
+        # two seeds are told apart at least by the rows on which they happen to disagree
         prior = PRIOR * self.rows.of_difference
         return (squares + prior) / (degrees + PRIOR), degrees + PRIOR
 
@@ -174,6 +175,7 @@ class Evidence:
     @cached_property
     def shrinkage(self) -> tuple[float, float, int]:
         """Share of noise in the spread of the contenders, their mean, and how many they are."""
+        # settings that are out of the running would hide how much of the spread is noise
         best = max(self.means, key=lambda setting: self.means[setting])
         noise = self._noise(best)
         near = [m for m in self.means.values() if self.means[best] - m <= self._reach(noise)]
@@ -195,6 +197,7 @@ class Evidence:
 
     def difference(self, one: Setting, other: Setting) -> Interval:
         """Return by how much one setting is better than another, on the same rows."""
+        # the center is drawn to 0, the variance is not: settings that tie are not surely equal
         gain = (1 - self.shrinkage[0]) * (self.means[one] - self.means[other])
         return interval(gain, self._noise(one) + self._noise(other), self.seeds[1])
 
@@ -281,6 +284,7 @@ class Evidence:
         Compared at the longest length that it and an allowed setting have in common, with the best
         allowed one there; None: none of them was tried.
         """
+        # of each setting, the longest trial
         tried = {t.setting: t for t in sorted(self.trials, key=lambda t: t.steps)}
         found = [tried[setting] for setting in settings if setting in tried]
         if not found:

@@ -124,11 +124,13 @@ class Budget:
         is_last = number == self.rungs - 1
         room = self.left(spent, seconds) / (self.rungs - number)
         settings = min(contenders, CONTENDERS if is_last else math.ceil(contenders / 2))
+        # two seeds of fewer settings tell more than one seed of more
         choices = [(n, seeds) for seeds in (2, 1) for n in range(settings, 1, -1)]
         for count, seeds in choices if is_last else choices[settings - 1 :]:
             runs = count * seeds
             steps = math.floor((room / runs - seconds.run) / (seconds.step * seconds.joint))
             steps = min(steps, max(before, round(LAST_SHARE * self.full)))
+            # a rung that is hardly longer than the one before it repeats it
             if steps >= LONGER * before:
                 return Rung(count, seeds, steps)
         return None

@@ -28,6 +28,7 @@ def named(setting: Mapping[str, object]) -> str:
 
 def gained(metric: str, gain: Mapping[str, float]) -> str:
     """Return a difference with its interval: "+0.8 points (-1.2 to +2.8)"; "nats" of a loss."""
+    # points of percentages and nats are never mixed: a gain has the unit of its metric
     factor, digits, unit = (100, 1, " points") if is_percentage(metric) else (1, 3, "")
     if metric == "loss":
         unit = " nats"
@@ -130,6 +131,7 @@ def charts_of(advice: Record) -> Iterator[str]:
     y = f"validation {shown(advice['metric'])}"
     by_steps: dict[str, dict[int, list[float]]] = {}
     by_rank: dict[int, float] = {}
+    # ranks are compared at the length at which most were tried
     shortest = min(trial["steps"] for trial in advice["trials"])
     for trial in advice["trials"]:
         by_steps.setdefault(named(trial), {}).setdefault(trial["steps"], []).append(
