@@ -35,12 +35,12 @@ BUDGETS = {
     "methods": 19820,
     "adapters": 9105,
     "generation": 7500,
-    "experiments": 7150,
-    "cli": 4620,
+    "experiments": 8500,
+    "cli": 4720,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15080, "tests": 85010}
+OTHERS = {"scripts": 15080, "tests": 85530}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
