@@ -38,7 +38,7 @@ DECODERS = {
     "falcon": ({"multi_query": True}, 4),
     "qwen3": ({"head_dim": 32}, 4),
     "deepseek_v3": (
-        {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 28,
+        {"q_lora_rank": 8, "kv_lora_rank": 48, "qk_rope_head_dim": 4, "qk_nope_head_dim": 28,
          "v_head_dim": 24, "first_k_dense_replace": 4, "num_key_value_heads": 4},
         4,  # keys and values have different widths
     ),
