@@ -110,6 +110,13 @@ def divisor(text: str) -> float | str:
     return text if text in ("auto", "dare", "searched") else FRACTION(text)
 
 
+def some_text(text: str) -> str:
+    """Return a text that says something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} has no words: give a text to search for")
+    return text
+
+
 def saved_run(text: str) -> str:
     """Return the path of the folder of a run."""
     return _found(run_at, text)

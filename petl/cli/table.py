@@ -34,7 +34,11 @@ from petl.cli.arguments import (
     saved_model,
     saved_run,
     served_run,
+<<<<<<< HEAD
     some_of,
+=======
+    some_text,
+>>>>>>> dc655975 (petl retrieve refuses a query without words)
     strength,
     table,
     table_or_folder,
@@ -540,7 +544,9 @@ class RetrieveOptions(RunOptions):
     corpus: str = argument(
         "csv, tsv, json, jsonl or parquet, or a folder of texts", table_or_folder, metavar="FILE"
     )
-    query: list[str] = option("a text; may be repeated", action="append", default=MISSING)
+    query: list[str] = option(
+        "a text; may be repeated", some_text, action="append", default=MISSING
+    )
     k: int = option("texts for each query", COUNT, default=10)
     column: str | None = option("of the texts of a file (default: text)", metavar="NAME")
     vectors: Path | None = option(
