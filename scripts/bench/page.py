@@ -5,8 +5,9 @@
     <!-- end -->
 
 The word is a section, for all its tables; `summary`, for a table with one line per row over several
-sections; or `short`, for the first columns of that. Sections that a result did not measure are left
-unchanged, so that several results may fill one page.
+sections; or `short`, for the first columns of that. A section may be followed by the beginning of a
+shape, such as `job MiniLM on WordNet verbs`, for its table alone. What a result did not measure is
+left unchanged, so that several results may fill one page.
 """
 
 import re
@@ -28,7 +29,7 @@ from petl.experiments.reports.formatting import Table
 
 SUMMARY, SHORT = "summary", "short"
 FIRST = ("step / lower bound", "/ PEFT's LoRA", "adapter file (kB)")  # ends of column names
-MARKS = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKS = re.compile(r"(<!-- bench: (\S+)(?: ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 WORDS = (SUMMARY, SHORT, *TITLES)
 
@@ -39,25 +40,30 @@ def filled(text: str, result: Result) -> str:
     Raises:
         InputError: there is no mark, or one with an unknown section.
     """
-    unknown = [word for _, word, _ in MARKS.findall(text) if word not in WORDS]
+    unknown = [word for _, word, *_ in MARKS.findall(text) if word not in WORDS]
     if unknown or not MARKS.search(text):
         error = f"an unknown section {unknown[0]!r}" if unknown else "no '<!-- bench: SECTION -->'"
         raise InputError(f"the page has {error}; sections: {', '.join(WORDS)}")
 
     def fill(match: re.Match[str]) -> str:
-        block = _block(match[2], result)
-        return f"{match[1]}{block}\n{match[3]}" if block else match[0]
+        block = _block(match[2], match[3] or "", result)
+        return f"{match[1]}{block}\n{match[4]}" if block else match[0]
 
     return MARKS.sub(fill, text)
 
 
-def _block(word: str, result: Result) -> str:
-    """The tables of a section in markdown, and where they were measured; "" without any."""
+def _block(word: str, shape: str, result: Result) -> str:
+    """The tables of a section in markdown, and where they were measured; "" without any.
+
+    Args:
+        shape: the beginning of the shapes whose tables these are.
+    """
     if word in (SUMMARY, SHORT):
         parts_of = {"": summary(result) if word == SUMMARY else short(summary(result))}
         measured = any(record.section == "step" for record in result.records)
     else:
-        own = [record for record in result.records if record.section == word]
+        of_section = (record for record in result.records if record.section == word)
+        own = [record for record in of_section if record.shape.startswith(shape)]
         parts_of, measured = tables(Result(result.environment, own)), bool(own)
     if not measured:
         return ""

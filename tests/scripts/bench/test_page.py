@@ -32,6 +32,15 @@ def test_measured_sections_are_updated_and_all_else_stays():
     assert filled(text, result(STEADY, MOLA, WRONG)) == text
 
 
+def test_a_mark_with_a_shape_has_its_table_alone():
+    page = "<!-- bench: step llama 6 -->\nold\n<!-- end -->\n"
+    page += "<!-- bench: step minilm -->\nkept\n<!-- end -->\n"
+    text = filled(page, result(MOLA))
+    assert "old" not in text
+    assert "| mola |" in text
+    assert text.endswith("<!-- bench: step minilm -->\nkept\n<!-- end -->\n")
+
+
 def test_the_summary_has_one_line_per_row_over_sections():
     goal = Record(
         "step",
