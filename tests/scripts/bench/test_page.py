@@ -33,7 +33,7 @@ def test_measured_sections_are_updated_and_all_else_stays():
 
 
 def test_a_mark_with_a_shape_has_its_table_alone():
-    page = "<!-- bench: step llama 6 -->\nold\n<!-- end -->\n"
+    page = "<!-- bench: step llama -->\nold\n<!-- end -->\n"
     page += "<!-- bench: step minilm -->\nkept\n<!-- end -->\n"
     text = filled(page, result(MOLA))
     assert "old" not in text
