@@ -34,11 +34,8 @@ from petl.cli.arguments import (
     saved_model,
     saved_run,
     served_run,
-<<<<<<< HEAD
     some_of,
-=======
     some_text,
->>>>>>> dc655975 (petl retrieve refuses a query without words)
     strength,
     table,
     table_or_folder,
