@@ -36,11 +36,11 @@ BUDGETS = {
     "adapters": 9105,
     "generation": 7500,
     "experiments": 8500,
-    "cli": 4720,
+    "cli": 4730,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15080, "tests": 85530}
+OTHERS = {"scripts": 15080, "tests": 85560}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
