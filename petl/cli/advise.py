@@ -37,7 +37,7 @@ def advise(options: AdviseOptions) -> None:
             )
     refuse_processes("petl advise trains in one process; start it without torchrun")
     composed(["+method=lora", *options.overrides])
-    from petl.cli.train import train
+    from petl.cli.train import train, trial
     from petl.experiments.advice.advisor import Advisor, Request
     from petl.experiments.reports.advised import print_advice, write_page
 
@@ -53,7 +53,7 @@ def advise(options: AdviseOptions) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         # without what reports errors, which a run does itself
-        advice = Advisor(request, inspect.unwrap(train)).run()
+        advice = Advisor(request, trial, inspect.unwrap(train)).run()
     except KeyboardInterrupt as error:
         raise RunStopped(f"interrupted; {how_to_continue()}", status=130) from error
     write_page(advice, options.out)

@@ -26,6 +26,14 @@ logger = logging.getLogger(__name__)
 @app.job
 def train(cfg: DictConfig, bases: Bases | None = None) -> Stepwise[float]:
     """Train one adapter, on weights that runs share (`bases`); return what a search optimizes."""
+    run = yield from trained(cfg, bases)
+    write_report(run)
+    print_summary(run)
+    return run.scores.objective
+
+
+def trained(cfg: DictConfig, bases: Bases | None = None) -> Stepwise[Run]:
+    """Train one adapter as `train` does, without its page; return the finished run."""
     config = checked(cfg, alone=bases is None)
     accelerator = start(config.train.seed, config.precision, config.launch)
     run = Run(config, accelerator)
@@ -48,8 +56,12 @@ def train(cfg: DictConfig, bases: Bases | None = None) -> Stepwise[float]:
         after = context.test("after training", run.path / PREDICTIONS)
         save(context)
         finish(context, state, after)
-    write_report(run)
-    print_summary(run)
+    return run
+
+
+def trial(cfg: DictConfig, bases: Bases | None = None) -> Stepwise[float]:
+    """Train one of many adapters, of which nobody reads a page; return what a search optimizes."""
+    run = yield from trained(cfg, bases)
     return run.scores.objective
 
 

@@ -151,11 +151,13 @@ class Advisor:
     """Makes the trials that a cost has room for, and says what they say.
 
     Args:
-        start: begins the work of a run, for `RunJob`.
+        trial: begins the work of a trial, for `RunJob`.
+        start: that of a run of the last round, which has a page.
         clock: processor seconds of this process since its start.
     """
 
     request: Request
+    trial: Callable[[DictConfig, Bases], Stepwise[float]]
     start: Callable[[DictConfig, Bases], Stepwise[float]]
     clock: Callable[[], float] = time.process_time
 
@@ -295,7 +297,8 @@ class Advisor:
             folder.parent.mkdir(parents=True, exist_ok=True)
             words = self.words(run, folder)
             log = folder.with_name(f"{folder.name}.log")
-            jobs.append(RunJob(words, partial(compose, words), log, self.start))
+            begin = self.start if last else self.trial
+            jobs.append(RunJob(words, partial(compose, words), log, begin))
         signalled = train_runs(jobs, AT_A_TIME)
         if signalled:
             status = app.SIGNALLED + signalled

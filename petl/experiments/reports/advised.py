@@ -122,7 +122,8 @@ def trials_of(advice: Record, folder: Path) -> Table:
         for trial in found
     ]
     columns = ["setting", "steps", "seed", f"validation {shown(metric)}"]
-    links = {(i, 0): Path(trial["run"]) / REPORT for i, trial in enumerate(found)}
+    pages = {(i, 0): Path(trial["run"]) / REPORT for i, trial in enumerate(found)}
+    links = {at: page for at, page in pages.items() if page.exists()}  # trials have none
     return Table(columns, rows, links)
 
 

@@ -68,7 +68,8 @@ class Faked:
     def advise(self, folder: Path, overrides: list[str], cost: float = 2.0, **more):
         """The advice; trials start without a run of theirs."""
         request = Request(overrides, folder, cost, **more)
-        return Advisor(request, lambda cfg, bases: iter(()), lambda: self.spent).run()
+        unused = [lambda cfg, bases: iter(())] * 2
+        return Advisor(request, *unused, lambda: self.spent).run()
 
 
 def by_rate(method, rank, rate, steps, seed):
