@@ -29,7 +29,7 @@ from petl.errors import InputError, RunStopped
 from petl.experiments.advice.candidates import (
     SIMPLEST,
     needs,
-    outward,
+    neighbor,
     shortlist,
     within,
     words_of,
@@ -328,6 +328,12 @@ class Advisor:
             self._say(f"a first trial of {steps} steps, which measures what a step costs", None)
             taken = self._make([first])
             scores = read_results(self.folder_of(first))
+            if self.request.lost is not None and lost_of(scores) == -math.inf:
+                raise InputError(
+                    f"--lost {self.request.lost:g}: what such a model loses on other texts was not "
+                    f"measured (retain.data={self.config.resolved['retain']['data']}); leave it "
+                    "out, or set retain.data"
+                )
             step = scores["cpu_seconds"] / scores["steps"]
             # of a trial that was resumed, the steps before that are not among these seconds
             rest = max(0.0, taken - scores["cpu_seconds"])
@@ -381,7 +387,7 @@ class Advisor:
         rung = budget.following(len(rungs), spent, self.seconds, len(ranked), rungs[-1][0]["steps"])
         if rung is None:
             return False
-        chosen = finalists(ranked, tried, rung)
+        chosen = finalists(ranked, tried, rung, self.full / rungs[-1][0]["steps"])
         self._plan([planned(s, seed, rung.steps) for s in chosen for seed in range(rung.seeds)])
         return True
 
@@ -434,7 +440,9 @@ class Advisor:
                     f"more, {min(lost.values()):.3f} at least; give more, or set retain.mix"
                 )
         shown, metric, sizes = validation_of(scores), scores["metric"], self.sizes
-        errors = [row_error(metric, shown, count) for count in (sizes.validation, sizes.test)]
+        # without test rows, what is predicted are as many new ones as there are for validation
+        counts = (sizes.validation, sizes.test or sizes.validation)
+        errors = [row_error(metric, shown, count) for count in counts]
         return Evidence(trials, Rows(*errors, sizes.validation), self.full, SIMPLEST, excluded)
 
     def _found(self) -> Record:
@@ -558,19 +566,23 @@ def lost_of(scores: Record) -> float:
     return next((found[name] for name in ("lost", "drift") if name in found), -math.inf)
 
 
-def finalists(ranked: Sequence[Setting], tried: set[Setting], rung: Rung) -> list[Setting]:
+def finalists(
+    ranked: Sequence[Setting], tried: set[Setting], rung: Rung, longer: float
+) -> list[Setting]:
     """Return the settings of the next rung: the best of the simplest method, and of the others.
 
-    Where the best rate of the simplest method is at the end of those that were tried, the next one
-    outward takes the last place of three.
+    The rate next to the best one of the simplest method takes the last place, if there is one more.
+
+    Args:
+        longer: the full length, in lengths of the last rung.
     """
     simple = [setting for setting in ranked if setting.method == SIMPLEST]
     others = [setting for setting in ranked if setting.method != SIMPLEST]
     first = [found[0] for found in (simple, others) if found]
     chosen = [*first, *(setting for setting in ranked if setting not in first)][: rung.settings]
-    beyond = outward(simple[0], tried) if simple else None
-    if beyond is not None and len(chosen) > len(first):
-        chosen[-1] = beyond
+    beside = neighbor(simple[0], tried, longer) if simple else None
+    if beside not in (None, *chosen) and len(chosen) > len(first):
+        chosen[-1] = beside
     return chosen
 
 

@@ -22,6 +22,9 @@ RANKS = (2, 4, 8, 16, 32)  # of LoRA
 OTHERS = {"mola": 8, "adapter": 16, "mos": 16, "compacter": 16}  # methods and the rank of each
 STEPS = 1000  # of a run, for methods with a schedule; assumption
 STEP = 3.0  # from one learning rate to the next
+# the best rate falls with the length to this power (Bjorck et al. 2024, arXiv:2409.19913, of the
+# pretraining of language models; of adapters: assumption)
+LAW = 0.32
 # formats of `petl export` and the engine behind them, and what they need of a method
 FORMATS = {
     "gguf": Capability.LORA_EXPORT,
@@ -59,13 +62,22 @@ def order(ranks: Sequence[int], others: Iterable[str]) -> list[Setting]:
     return [*rates, *wider, *rest[:2], *narrower, *rest[2:]]
 
 
-def outward(best: Setting, tried: Iterable[Setting]) -> Setting | None:
-    """Return the next rate beyond the best one, if that is at an end of those tried; else None."""
+def neighbor(best: Setting, tried: Iterable[Setting], longer: float) -> Setting | None:
+    """Return the setting whose rate may be better than that of the best one in longer trainings.
+
+    That is the next lower rate if the law says so, else the next one outward, if the best is at an
+    end of those that were tried; else None.
+
+    Args:
+        longer: the full length, in lengths of the trials in which it was the best.
+    """
     rates = [s.rate for s in tried if (s.method, s.rank) == (best.method, best.rank)]
-    if len(rates) < 2 or min(rates) < best.rate < max(rates):
-        return None
-    factor = STEP if best.rate == max(rates) else 1 / STEP
-    return best._replace(rate=float(f"{best.rate * factor:.3g}"))
+    if longer**LAW < STEP**0.5:  # nearer to its own rate than to the next one
+        if len(rates) < 2 or min(rates) < best.rate < max(rates):
+            return None
+        if best.rate == max(rates):
+            return best._replace(rate=float(f"{best.rate * STEP:.3g}"))
+    return best._replace(rate=float(f"{best.rate / STEP:.3g}"))
 
 
 @dataclass(frozen=True)

@@ -213,10 +213,22 @@ class Evidence:
     @cached_property
     def best(self) -> Setting:
         """The setting to take: of another method than the simplest only if it is surely better."""
-        simple = self.ranked(self.simplest)
         if self.gain is None or self.gain.low > 0:
-            return self.ranked()[0]
-        return simple[0]
+            return self.lowest(self.ranked()[0])
+        return self.lowest(self.ranked(self.simplest)[0])
+
+    def lowest(self, best: Setting) -> Setting:
+        """Return the same with the lowest rate that is not told apart from it in short trials.
+
+        Longer trainings want lower rates. Told apart are means that differ by more than a standard
+        error, the rule by which `petl study` takes a rate.
+        """
+        if self.deciding[0].steps >= self.full:
+            return best
+        error = math.sqrt(2 * self._noise(best))
+        same = [s for s in self.means if s[:2] == best[:2] and s.rate <= best.rate]
+        near = [s for s in same if self.means[best] - self.means[s] <= error]
+        return min(near, key=lambda setting: setting.rate)
 
     @cached_property
     def next_best(self) -> Setting | None:

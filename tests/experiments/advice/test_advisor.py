@@ -175,6 +175,9 @@ def test_settings_that_lose_too_much_are_not_advised(faked, rows, tmp_path):
     with pytest.raises(InputError, match=r"--lost 0.1: .*0.500"):
         faked.advise(tmp_path / "a", rows, lost=0.1)
     assert faked.advise(tmp_path / "b", rows, lost=0.6)["lost"] == 0.5
+    faked.more = {}
+    with pytest.raises(InputError, match=r"--lost 0.1: .*retain.data"):
+        faked.advise(tmp_path / "c", rows, lost=0.1)
 
 
 def test_a_limit_of_seconds_shortens_the_training(faked, rows, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from petl.errors import InputError
-from petl.experiments.advice.candidates import Constraint, at, needs, order, outward, shortlist
+from petl.experiments.advice.candidates import Constraint, at, needs, neighbor, order, shortlist
 
 
 def meets(words, *pairs):
@@ -71,10 +71,13 @@ PAIRS = [(setting.method, setting.rank) for setting in order((2, 8, 32), ("mola"
 PAIRS += [("lora", 4), ("lora", 16), ("adapter", 16), ("compacter", 16)]
 
 
-def test_rates_are_tried_outward_while_the_best_is_at_an_end():
+def test_short_trials_are_followed_by_lower_rates_and_long_ones_outward():
     low, middle, high = (at("lora", 8, power) for power in (-1, 0, 1))
-    other = at("lora", 32, 2)
-    assert outward(high, [low, middle, high, other]).rate == pytest.approx(3 * high.rate, rel=1e-2)
-    assert outward(low, [low, middle, high]).rate == pytest.approx(low.rate / 3, rel=1e-2)
-    assert outward(middle, [low, middle, high]) is None
-    assert outward(other, [low, other]) is None
+    tried, other = [low, middle, high], at("lora", 32, 2)
+    assert neighbor(high, tried, 2).rate == pytest.approx(3 * high.rate, rel=1e-2)
+    assert neighbor(low, tried, 2).rate == pytest.approx(low.rate / 3, rel=1e-2)
+    assert neighbor(middle, tried, 2) is None
+    assert neighbor(other, [low, other], 2) is None
+    # a training that is 20 times as long wants a rate of 20^-0.32 = 0.38
+    assert neighbor(high, tried, 20) == middle
+    assert neighbor(low, tried, 20).rate == pytest.approx(low.rate / 3, rel=1e-2)

@@ -96,6 +96,18 @@ def test_equal_methods_seldom_replace_lora():
     assert taken / 300 < 0.1
 
 
+def test_short_trials_that_cannot_tell_rates_apart_give_the_lowest():
+    fast = LORA._replace(rate=3e-3)
+    near = table({LORA: [0.595, 0.60], fast: [0.60, 0.605]})
+    assert Evidence(near, FEW, 1000).best == LORA
+    assert Evidence(near, FEW, 100).best == fast
+    far = table({LORA: [0.5, 0.5], fast: [0.60, 0.605]})
+    assert Evidence(far, FEW, 1000).best == fast
+    # another rank is another choice
+    wide = table({LORA: [0.595, 0.60], WIDE._replace(rate=3e-3): [0.60, 0.605]})
+    assert Evidence(wide, FEW, 1000).best.rank == 32
+
+
 def test_without_lora_the_best_is_taken():
     mos = Setting("mos", 16, 1e-3)
     assert Evidence(table({mos: [0.60], MOLA: [0.61]}), FEW, 100).best == MOLA
