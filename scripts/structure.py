@@ -35,8 +35,8 @@ BUDGETS = {
     "methods": 19820,
     "adapters": 9105,
     "generation": 7500,
-    "experiments": 8500,
-    "cli": 4730,
+    "experiments": 8560,
+    "cli": 4740,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
