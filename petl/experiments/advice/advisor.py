@@ -73,6 +73,7 @@ SCHEDULE, ADVICE, RECIPE = "schedule.json", "advice.json", "advised"
 FEWEST_ROWS = 60  # of which a part for validation says something
 SHARE, ENOUGH = 0.2, 1000  # of the training rows for validation, and rows that are enough
 AT_A_TIME = 8  # trials of a pass
+RETAINED = 64  # texts that are measured with --lost, however short a trial is; assumption
 LAST_SEED = 2  # of the runs of full length: not one of those that chose the setting
 FREE = ("train.steps", "train.seed", "train.lr")  # what tells the runs of an advice apart
 logger = logging.getLogger(__name__)
@@ -261,11 +262,11 @@ class Advisor:
     # The runs
 
     def _common(self, share: float) -> list[str]:
-        retained = [] if self.request.lost is not None else ["retain.data=null"]
+        retained = "retain.data=null" if self.request.lost is None else f"retain.rows={RETAINED}"
         return [
             *("train.linear_probe=false", "train.score_before=false", "train.test=false"),
             *(f"train.eval_steps={AT_THE_END}", f"train.validation_share={share:.4g}"),
-            *("train.keep_checkpoints=1", "train.resume=auto", *retained),
+            *("train.keep_checkpoints=1", "train.resume=auto", retained),
         ]
 
     def folder_of(self, run: PlannedRun, *, last: bool = False) -> Path:

@@ -33,6 +33,7 @@ SHARED = 0.7  # correlation of two adapters' errors on the same rows; assumption
 CONTENDER = 3.0  # standard errors of a difference, within which a setting may be the best
 EXPONENTS = (0.25, 0.5, 1.0)  # of learning curves; assumption
 PRIOR = 4  # degrees of freedom of what is assumed of seeds; assumption
+LOSSES_VARY = 0.5  # standard deviation of the losses of rows, in their mean; assumption
 NORMAL = 1.959964  # quantile of the 95 % interval of an evaluation
 CORRELATIONS = ("pearson", "spearman", "matthews")
 
@@ -114,7 +115,7 @@ def row_error(metric: str, scores: Mapping[str, float], count: int) -> float:
         return math.sqrt(inside * (1 - inside) / count)
     if metric.endswith(CORRELATIONS):
         return (1 - value**2) / math.sqrt(max(1, count - 1))
-    return abs(value) / math.sqrt(count)  # assumption: rows' losses vary as much as their mean
+    return LOSSES_VARY * abs(value) / math.sqrt(count)
 
 
 @dataclass(frozen=True)

@@ -228,3 +228,20 @@ def test_real_trainings_end_in_an_adapter_and_touch_no_test_row(
     times = {run: (run / "scores.json").stat().st_mtime_ns for run in runs}
     assert command("advise", *settings, "--need", "merge", "--out", tmp_path / "a")[0] == 0
     assert {run: (run / "scores.json").stat().st_mtime_ns for run in runs} == times
+
+
+@pytest.mark.thorough
+def test_a_language_model_is_predicted_by_its_loss(rows, tiny, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["petl", "advise"])
+    model = [word for word in tiny.complete if word.startswith(("model", "data.task"))]
+    data = [word for word in rows if not word.startswith("model")]
+    words = [*model, *data, "train.epochs=1", "--need", "gguf", "--lost", "3"]
+    status, _, err = command("advise", *words, "--cost", "1", "--out", tmp_path / "a")
+    assert status == 0, err
+    found = json.loads((tmp_path / "a" / "advice.json").read_text())
+    assert (found["metric"], found["higher_is_better"]) == ("loss", False)
+    best = min(trial["validation"] for trial in found["trials"])
+    assert found["predicted"]["low"] < best < found["predicted"]["high"]
+    runs = [Path(trial["run"]) for trial in found["trials"]]
+    scores = [json.loads((run / "scores.json").read_text()) for run in runs]
+    assert all(each["retained"]["lost"] < 3 for each in scores)

@@ -168,7 +168,7 @@ def test_errors_for_the_choice_of_rows():
     assert row_error("accuracy", {"accuracy": 0.5}, 400) == pytest.approx(0.025)
     assert row_error("accuracy", {"accuracy": 1.0}, 100) > 0
     assert row_error("pearson", {"pearson": 0.8}, 101) == pytest.approx(0.036)
-    assert row_error("loss", {"loss": 2.0}, 100) == pytest.approx(0.2)
+    assert row_error("loss", {"loss": 2.0}, 100) == pytest.approx(0.1)
     # half a 95 % interval on 100 queries, on four times as many
     given = {"ndcg_at_10": 0.6, "ndcg_at_10_interval": 0.0392, "rows": 100.0}
     assert row_error("ndcg_at_10", given, 400) == pytest.approx(0.01, rel=1e-3)
