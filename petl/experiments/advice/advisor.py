@@ -47,7 +47,7 @@ from petl.experiments.reports.advised import named
 from petl.experiments.reports.entries import quality_of, validation_of
 from petl.experiments.reports.formatting import duration
 from petl.experiments.sweeps.study import AT_THE_END, slug
-from petl.system.files.disk import as_json, write_atomic
+from petl.system.files.disk import as_json, remove, write_atomic
 from petl.system.files.read import read_json
 from petl.system.settings.command_line import (
     config_dir_words,
@@ -327,6 +327,7 @@ class Advisor:
         first = planned(plain, 0, steps)
         if self.planned["seconds"] is None:
             self._say(f"a first trial of {steps} steps, which measures what a step costs", None)
+            remove(self.folder_of(first))  # of one that was stopped, the seconds are not known
             taken = self._make([first])
             scores = read_results(self.folder_of(first))
             if self.request.lost is not None and lost_of(scores) == -math.inf:
@@ -336,8 +337,7 @@ class Advisor:
                     "out, or set retain.data"
                 )
             step = scores["cpu_seconds"] / scores["steps"]
-            # of a trial that was resumed, the steps before that are not among these seconds
-            rest = max(0.0, taken - scores["cpu_seconds"])
+            rest = taken - scores["cpu_seconds"]
             self.planned["seconds"] = asdict(Seconds(self.began, rest, step))
         budget = Budget(self.request.cost, self.unit, self.full)
         if not self.planned["rungs"]:
