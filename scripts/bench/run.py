@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench import (
+    cached,
     compiled,
     drafting,
     files,
@@ -119,6 +120,7 @@ EACH = (
     "file",
     "peak",
     "generate",
+    "cache",
     "frozen",
     "together",
     "peers",
@@ -140,6 +142,7 @@ def _measures(
         "file": lambda shape: files.measure(rows, shape),
         "peak": lambda shape: isolated.peaks(rows, shape),
         "generate": lambda shape: generate.measure(rows, shape, rounds),
+        "cache": lambda shape: cached.measure(shape, rounds),
         "dist": lambda shape: isolated.throughput(rows, scale.short(shape), fewer),
         "serve": lambda shape: serve.measure(rows, shape, fewer),
         "many": lambda shape: many.adapters(rows, shape, fewer) + many.modules(rows, shape),
