@@ -129,16 +129,17 @@ def write_in_place(cache: C) -> C:
     return cache
 
 
-def cache_arguments(model: nn.Module) -> Arguments:
+def cache_arguments(model: nn.Module, **settings: object) -> Arguments:
     """Return arguments of `generate` for one call whose cache is written in place.
 
     Empty where `generate` makes another cache, which the log says once.
 
     Args:
         model: of transformers, or a PeftModel.
+        settings: further arguments of `generate`, which may ask for another cache, or for none.
     """
     base = base_of(model)
-    reason = _why_other(model, base)
+    reason = _why_other(model, base, settings)
     if not reason:
         cache = write_in_place(DynamicCache(config=base.config))
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
@@ -154,18 +155,20 @@ def cache_arguments(model: nn.Module) -> Arguments:
     return {}
 
 
-def _why_other(model: nn.Module, base: CausalModel) -> str:
+def _why_other(model: nn.Module, base: CausalModel, settings: Arguments) -> str:
     """Return why `generate` has to make the cache; "" if it takes one."""
     kind, config = type(base), base.generation_config
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "its adapter makes virtual tokens"
-    if config.cache_implementation is not None:
-        return f"its generation config has cache_implementation={config.cache_implementation!r}"
-    if config.use_cache is False:
-        return "its generation config has use_cache=False"
+    kept = settings.get("cache_implementation", config.cache_implementation)
+    if kept is not None:
+        return f"cache_implementation={kept!r}"
+    # None stands for True
+    if settings.get("use_cache", config.use_cache) is False:
+        return "use_cache=False"
     makes = (kind.generate, kind._prepare_cache_for_generation)
-    usual = (GenerationMixin.generate, GenerationMixin._prepare_cache_for_generation)
-    if makes != usual or not kind._supports_default_dynamic_cache():  # ty: ignore[invalid-argument-type]
+    inherited = (GenerationMixin.generate, GenerationMixin._prepare_cache_for_generation)
+    if makes != inherited or not kind._supports_default_dynamic_cache():  # ty: ignore[invalid-argument-type]
         return "its class makes a cache of its own"
     return ""
 

@@ -248,6 +248,11 @@ def test_caches_that_hold_something_else_are_left_as_they_are(caplog):
     assert in_place(filled) == 0
     assert offloaded.layer_class_to_replicate is DynamicLayer
     caplog.set_level(logging.INFO, "petl")
+    uncached = decoder("bloom")
+    uncached.generation_config.use_cache = False
+    assert cache_arguments(uncached) == {}
+    assert cache_arguments(uncached, use_cache=True) != {}
+    assert cache_arguments(model, cache_implementation="offloaded") == {}
     model.generation_config.cache_implementation = "static"
     prefixed = get_peft_model(
         decoder("qwen3"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

@@ -147,8 +147,8 @@ def _written(model: Any, prompts: Sequence[Sequence[int]], settings: Arguments) 
         for name, rows in whole.items()
     }
     # behind its end a row is padded, with the pad token or with the end token itself
-    cache = {} if "cache_implementation" in settings else cache_arguments(model)
-    found = model.generate(**inputs, **{**cache, **settings, "pad_token_id": pad}).cpu()
+    settings = {**cache_arguments(model, **settings), **settings, "pad_token_id": pad}
+    found = model.generate(**inputs, **settings).cpu()
     ends = settings.get("eos_token_id", config.eos_token_id)
     ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else [*ends])
     length = inputs["input_ids"].shape[1]

@@ -156,7 +156,7 @@ def _seconds(
     shape = (1, cache_length + max(counts))
     ids = torch.randint(vocabulary, shape, generator=generator).to(model.device)
     name, tokens = cache_argument(base), ids_argument(base)
-    own = {tokens: ids[:, :cache_length], **cache_arguments(model)}
+    own = {tokens: ids[:, :cache_length], **cache_arguments(model, use_cache=True)}
     cache = model(**own, **inputs, use_cache=True)[name]
     times: dict[int, list[float]] = {n: [] for n in counts}
     with nullcontext() if packed is None else packed_classes(model):

@@ -148,7 +148,7 @@ class GRPO(GRPOSettings, AnswerTask):
         with evaluation_mode(model):
             written = cast(Any, model).generate(
                 **asked,
-                **cache_arguments(model),
+                **cache_arguments(model, use_cache=True),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=count > 1,
                 num_return_sequences=count,
