@@ -294,8 +294,9 @@ class Evidence:
     def forgone(self, settings: Iterable[Setting]) -> tuple[Setting, Interval] | None:
         """Return the best of settings that a constraint excludes, and what it would add.
 
-        Compared at the longest length that it and an allowed setting have in common, with the best
-        allowed one there; None: none of them was tried.
+        Compared at its length with an allowed setting of the same method and rate, if one was tried
+        there, since its own rate was not chosen; else with the best allowed one. None: none of them
+        was tried.
         """
         # of each setting, the longest trial
         tried = {t.setting: t for t in sorted(self.trials, key=lambda t: t.steps)}
@@ -303,9 +304,11 @@ class Evidence:
         if not found:
             return None
         best = max(found, key=lambda trial: (trial.score, trial.loss))
-        others = [
-            t.score for t in self.trials if t.steps == best.steps and t.setting not in self.excluded
-        ]
+        at_length = [trial for trial in self.trials if trial.steps == best.steps]
+        allowed = [trial for trial in at_length if trial.setting not in self.excluded]
+        method, _, rate = best.setting
+        alike = [t for t in allowed if (t.setting.method, t.setting.rate) == (method, rate)]
+        others = [trial.score for trial in alike or allowed]
         if not others:
             return None
         variance = 2 * (self.seeds[0] + self.rows.of_difference)

@@ -68,7 +68,7 @@ def facts_of(advice: Record) -> dict[str, str]:
         without = cost["without"]
         text = f"excludes {cost['excludes']} choices"
         if without:
-            text += f"; {named(without)} would change {gained(metric, without['gain'])}"
+            text += f"; without it {named(without)}: {gained(metric, without['gain'])}"
         found[words] = text + ("" if without or not cost["excludes"] else ", none of them tried")
     if advice["lost"] is not None:
         found["lost on other texts"] = f"{advice['lost']:.3f}"

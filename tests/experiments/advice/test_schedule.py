@@ -49,7 +49,7 @@ def test_passes_of_several_may_be_faster_or_slower_than_assumed(joint):
     runs = Seconds(8.0, 4.0, 0.4)
     spent, rungs = spend(2, 1000, runs, replace(runs, joint=joint))
     assert spent <= 2
-    assert rungs[-1].seeds == 2
+    assert rungs[-1].runs >= 3
 
 
 def test_the_last_round_grows_with_the_cost():
