@@ -388,7 +388,7 @@ class Advisor:
         rung = budget.following(len(rungs), spent, self.seconds, len(ranked), rungs[-1][0]["steps"])
         if rung is None:
             return False
-        chosen = finalists(ranked, tried, rung, self.full / rungs[-1][0]["steps"])
+        chosen = finalists(evidence, tried, rung, self.full / rungs[-1][0]["steps"])
         self._plan([planned(s, seed, rung.steps) for s in chosen for seed in range(rung.seeds)])
         return True
 
@@ -567,22 +567,23 @@ def lost_of(scores: Record) -> float:
     return next((found[name] for name in ("lost", "drift") if name in found), -math.inf)
 
 
-def finalists(
-    ranked: Sequence[Setting], tried: set[Setting], rung: Rung, longer: float
-) -> list[Setting]:
+def finalists(evidence: Evidence, tried: set[Setting], rung: Rung, longer: float) -> list[Setting]:
     """Return the settings of the next rung: the best of the simplest method, and of the others.
 
-    The rate next to the best one of the simplest method takes the last place, if there is one more.
+    The rate next to the best one of the simplest method takes the last place, if there is one more
+    and what it would have is not as good as the best.
 
     Args:
         longer: the full length, in lengths of the last rung.
     """
+    ranked = evidence.ranked()
     simple = [setting for setting in ranked if setting.method == SIMPLEST]
     others = [setting for setting in ranked if setting.method != SIMPLEST]
     first = [found[0] for found in (simple, others) if found]
     chosen = [*first, *(setting for setting in ranked if setting not in first)][: rung.settings]
     beside = neighbor(simple[0], tried, longer) if simple else None
-    if beside not in (None, *chosen) and len(chosen) > len(first):
+    is_free = len(chosen) > len(first) and evidence.apart(ranked[0], chosen[-1])
+    if beside is not None and beside not in chosen and is_free:
         chosen[-1] = beside
     return chosen
 

@@ -221,15 +221,18 @@ class Evidence:
     def lowest(self, best: Setting) -> Setting:
         """Return the same with the lowest rate that is not told apart from it in short trials.
 
-        Longer trainings want lower rates. Told apart are means that differ by more than a standard
-        error, the rule by which `petl study` takes a rate.
+        Longer trainings want lower rates.
         """
         if self.deciding[0].steps >= self.full:
             return best
-        error = math.sqrt(2 * self._noise(best))
         same = [s for s in self.means if s[:2] == best[:2] and s.rate <= best.rate]
-        near = [s for s in same if self.means[best] - self.means[s] <= error]
+        near = [setting for setting in same if not self.apart(best, setting)]
         return min(near, key=lambda setting: setting.rate)
+
+    def apart(self, best: Setting, other: Setting) -> bool:
+        """True if means differ by more than a standard error, as `petl study` tells rates apart."""
+        error = math.sqrt(self._noise(best) + self._noise(other))
+        return self.means[best] - self.means[other] > error
 
     @cached_property
     def next_best(self) -> Setting | None:

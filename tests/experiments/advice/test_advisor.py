@@ -11,7 +11,10 @@ from comparable import write_run
 from training_fixtures import Tiny, example
 
 from petl.errors import InputError, RunStopped
-from petl.experiments.advice.advisor import Advisor, Request
+from petl.experiments.advice.advisor import Advisor, Request, finalists
+from petl.experiments.advice.candidates import at
+from petl.experiments.advice.evidence import Evidence, Rows, Setting, Trial
+from petl.experiments.advice.schedule import Rung
 from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
 
@@ -245,3 +248,16 @@ def test_a_language_model_is_predicted_by_its_loss(rows, tiny, tmp_path, command
     runs = [Path(trial["run"]) for trial in found["trials"]]
     scores = [json.loads((run / "scores.json").read_text()) for run in runs]
     assert all(each["retained"]["lost"] < 3 for each in scores)
+
+
+def test_a_lower_rate_takes_the_place_of_what_is_worse_and_not_of_what_ties():
+    low, middle, high = (at("lora", 8, power) for power in (-1, 0, 1))
+    rows = Rows(0.02, 0.02, 500)
+
+    def chosen(*scores: float) -> list[Setting]:
+        found = zip((low, middle, high), scores, strict=True)
+        trials = [Trial(setting, 0, 20, score) for setting, score in found]
+        return finalists(Evidence(trials, rows, 400), {low, middle, high}, Rung(2, 2, 60), 20)
+
+    assert chosen(0.2, 0.5, 0.49) == [middle, high]
+    assert chosen(0.2, 0.5, 0.3) == [middle, low]
