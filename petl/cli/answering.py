@@ -13,14 +13,23 @@ from petl.errors import InputError, printable
 
 if TYPE_CHECKING:
     from petl.generation.inference.sampling import Sample
+    from petl.ops.small_weights import Kind
 
 logger = logging.getLogger("petl")
 
 
-def require_own_weights(options: EngineOptions) -> None:
-    """Raise InputError if weights are converted for an engine that takes them as they are."""
-    if options.weights is not None:
+def own_weights(options: EngineOptions) -> "Kind | None":
+    """Return the bits in which petl's engine has the weights; None: as they are.
+
+    Raises:
+        InputError: they are of another engine.
+    """
+    from petl.ops.small_weights import KINDS
+
+    found = next((kind for kind in KINDS if kind == options.weights), None)
+    if options.weights != found:
         raise InputError(f"--weights={options.weights} is for --engine {LLAMA}")
+    return found
 
 
 def show(text: str) -> None:

@@ -10,7 +10,7 @@ from socket import socket
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from petl.cli.answering import require_own_weights
+from petl.cli.answering import own_weights
 from petl.cli.table import API_KEY, NO_DRAFTS, PETL, ServeOptions
 from petl.errors import InputError
 
@@ -101,7 +101,6 @@ def _loaded(
     """Load the models into the engine of `options`; files that it needs go with `stack`."""
     limits = {"max_batch": options.max_batch, "max_waiting": options.max_waiting}
     if options.engine == PETL:
-        require_own_weights(options)
         from petl.generation.serving.engine import Engine
         from petl.generation.serving.models import load_served
 
@@ -111,6 +110,7 @@ def _loaded(
             trust_remote_code=options.trust_remote_code,
             other_base=options.other_base,
             drafter=None if options.drafter == NO_DRAFTS else options.drafter,
+            weights=own_weights(options),
         )
         return served, Engine(**limits)
     from petl.generation.serving.llama_cpp import load_llama

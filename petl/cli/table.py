@@ -597,8 +597,10 @@ class EngineOptions(Options):
         PETL,
     )
     weights: str | None = choice(
-        "of llama.cpp: their type (default: float32, or float16 if the model has 16 bits)",
-        ("float32", "float16", "q8_0"),
+        "frozen weights in int8 or int4 answer faster on a CPU, with adapters in float32 beside "
+        "them, and what that costs in quality is printed; of llama.cpp, the type of all weights "
+        "(default: float32, or float16 if the model has 16 bits; int8 is its q8_0, int4 its q4_0)",
+        ("float32", "float16", "q8_0", "int8", "int4"),
         None,
     )
 

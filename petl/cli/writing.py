@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from petl.cli.answering import require_own_weights, show, tell_if_cut, text_of
+from petl.cli.answering import own_weights, show, tell_if_cut, text_of
 from petl.cli.chat_commands import run
 from petl.cli.table import BATCH, LLAMA, PETL, AnswerOptions, ChatOptions, GenerateOptions
 from petl.core.types import Record
@@ -47,7 +47,6 @@ def load(options: AnswerOptions, stack: ExitStack) -> LanguageModel:
         raise InputError(f"--adapter names {max(names, key=names.count)!r} twice")
     if options.engine == LLAMA:
         return _load_engine(options, stack)
-    require_own_weights(options)
     model = load_language_model(
         options.run,
         dict(options.adapter),
@@ -55,6 +54,7 @@ def load(options: AnswerOptions, stack: ExitStack) -> LanguageModel:
         trust_remote_code=options.trust_remote_code,
         other_base=options.other_base,
         drafting=options.drafter,
+        weights=own_weights(options),
     )
     if options.drafter != "auto":
         with model.using(model.names[0]):

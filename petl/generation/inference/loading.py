@@ -28,6 +28,8 @@ from petl.efficiency.drafting.folder import CONFIG
 from petl.efficiency.fused_lora.switching import fuse_lora
 from petl.errors import InputError, UnsupportedError
 from petl.generation.inference.language_model import BASE, LanguageModel
+from petl.generation.inference.small_weights import SmallWeights, answer_small, inspect_small
+from petl.ops.small_weights import Kind
 from petl.system.files.disk import check_links
 from petl.training.runs.lookup import no_writer
 
@@ -49,6 +51,7 @@ def load_language_model(
     trust_remote_code: bool = False,
     other_base: bool = False,
     drafting: str = "auto",
+    weights: Kind | None = None,
 ) -> LanguageModel:
     """Load a saved adapter with its base model, or a plain model, and further adapters.
 
@@ -59,6 +62,7 @@ def load_language_model(
             if the adapter has learned from plain texts.
         other_base: as of `petl.load`.
         drafting: as of `LanguageModel`.
+        weights: pack frozen weights into so many bits; None: they stay as they are.
 
     Raises:
         InputError: there is no such model, it does not write text, an adapter does not fit.
@@ -82,7 +86,11 @@ def load_language_model(
             "(init_lora_weights), which others need: give it alone, take petl serve, or save it "
             "with path_initial_model_for_weight_conversion"
         )
+    if weights is not None:
+        inspect_small(weights, {str(run): found, **more})
     model, reader = load_writer(found, run)
+    small = None if weights is None else SmallWeights(weights)
+    layers = [] if small is None else small.frozen(model)
     for name, saved in more.items():
         differing = differences(reader_of(saved, task_of(saved, run)), reader)
         if differing:
@@ -98,7 +106,10 @@ def load_language_model(
     fuse_lora(model)  # as in training, and a switch takes the same time with many adapters
     names = {**({DEFAULT: str(run)} if first else {}), **(others or {})}
     language = reading_as_trained(model.eval(), reader, found, names, plain=plain)
-    return replace(language, drafting=drafting, own_drafter=_own_drafter(Path(run), found))
+    language = replace(language, drafting=drafting, own_drafter=_own_drafter(Path(run), found))
+    if small is not None:
+        answer_small(language, layers, small)
+    return language
 
 
 def _own_drafter(folder: Path, found: Found) -> str | None:

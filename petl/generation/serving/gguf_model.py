@@ -17,7 +17,9 @@ from petl.system.imports.extras import optional
 
 EXTRA = "llama"
 DIGITS = 7
-TYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}  # of gguf
+# of gguf, by --weights; int8 and int4 are those of each engine
+TYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0", "int8": "Q8_0", "int4": "Q4_0"}
+ENDS = {"int4": "Q8_0"}  # of embedding and head, in which few bits cost most
 RowOrder = Callable[[int, int], Tensor]
 
 
@@ -52,7 +54,9 @@ def write_model(
         if arch.startswith("gemma") and key.endswith("norm.weight"):
             values = values + 1  # transformers adds it in the forward pass
         # rows that do not divide into the blocks of a type stay in float16
-        kind = gguf.GGMLQuantizationType[TYPES[weights]]
+        is_end = key.endswith(("embed_tokens.weight", "lm_head.weight"))
+        types = TYPES | ENDS if is_end else TYPES
+        kind = gguf.GGMLQuantizationType[types[weights]]
         block = gguf.GGML_QUANT_SIZES[kind][0]
         fitting = kind if values.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
         kind = fitting if values.dim() > 1 else gguf.GGMLQuantizationType.F32

@@ -52,7 +52,7 @@ PLAIN = "default"  # positions without scaling
 CONTEXTS = 2  # of the longest requests that fit into memory together; assumption
 POSITIONS = 8192  # of a prompt with its answer at most; assumption
 # of the log probability of a token, by the type of the weights; assumptions
-TOLERANCES = {"float32": 0.01, "float16": 0.1, "q8_0": 0.5}
+TOLERANCES = {"float32": 0.01, "float16": 0.1, "q8_0": 0.5, "int8": 0.5, "int4": 2.0}
 logger = logging.getLogger(__name__)
 
 Fields = dict[str, object]

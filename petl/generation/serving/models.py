@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from petl.generation.inference.loading import (
     refuse_apart,
     task_of,
 )
+from petl.generation.inference.small_weights import SmallWeights, answer_small, inspect_small
 from petl.generation.serving.batch import BatchPasses
 from petl.generation.serving.engine import ServedAdapter, Slot
+from petl.ops.small_weights import Kind
 from petl.system.files.paths import path_of
 from petl.system.progress import ProgressItems
 
@@ -164,6 +167,7 @@ def load_served(
     trust_remote_code: bool = False,
     other_base: bool = False,
     drafter: str | None = "free",
+    weights: Kind | None = None,
 ) -> dict[str, ServedAdapter]:
     """Load one base model with all adapters, and return what requests can choose, by name.
 
@@ -175,14 +179,24 @@ def load_served(
         other_base: as of `petl.load`.
         drafter: guesses tokens of a request that is decoded alone, as of `petl.drafting.drafter`;
             None: nothing does.
+        weights: as of `load_language_model`.
 
     Raises:
         InputError: as of `read_base`.
     """
-    shared = read_base(runs, plain=plain, trust_remote_code=trust_remote_code)
-    loader = ModelLoader(shared, drafter)
+    small = None if weights is None else SmallWeights(weights)
+    shared = read_base(
+        runs,
+        plain=plain,
+        trust_remote_code=trust_remote_code,
+        inspect=partial(inspect_small, weights) if weights is not None else lambda found: None,
+    )
+    loader = ModelLoader(shared, drafter, small)
     served = loader.adapters(other_base)
-    return {shared.name: loader.base_model(served), **served}
+    served = {shared.name: loader.base_model(served), **served}
+    if small is not None:
+        answer_small(shared.language(shared.model), small.frozen(shared.model), small)
+    return served
 
 
 def check_same_base(found: Mapping[str, Found]) -> None:
@@ -221,6 +235,7 @@ class ModelLoader:
 
     shared: SharedBase
     drafter: str | None = None
+    small: SmallWeights | None = None
 
     def adapters(self, other_base: bool) -> dict[str, ServedAdapter]:
         """Load adapters; those of one method on the same model."""
@@ -243,6 +258,7 @@ class ModelLoader:
         model: Any = (
             copy.deepcopy(self.shared.model) if changes_base else share_weights(self.shared.model)
         )
+        layers = [] if self.small is None else self.small.frozen(model)
         # names of requests may be any; those in a model become parts of the names of tensors
         names = {name: f"served{i}" for i, name in enumerate(group)}
         # of a list: the items of a dict have no length for the bar
@@ -250,6 +266,8 @@ class ModelLoader:
             model = load(model, each.adapter, adapter_name=names[name], other_base=other_base)
         fuse_lora(model)
         model.eval()
+        if self.small is not None:
+            self.small.replace_in_decoder(layers, model)
         paths = {name: str(each.run or each.adapter) for name, each in group.items()}
         adapters = {names[name]: path for name, path in paths.items()}
         languages = {

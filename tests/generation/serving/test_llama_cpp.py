@@ -217,7 +217,9 @@ def test_a_model_that_is_written_wrong_is_not_served(writers, tmp_path, monkeypa
         llama_cpp.load_llama({"a": str(writers.folder / "llama")}, tmp_path, **LIMITS)
 
 
-@pytest.mark.parametrize(("weights", "gap"), [("float16", 0.02), ("q8_0", 0.3)])
+@pytest.mark.parametrize(
+    ("weights", "gap"), [("float16", 0.02), ("q8_0", 0.3), ("int8", 0.3), ("int4", 2.0)]
+)
 def test_weights_of_fewer_bits_change_probabilities_a_little(writers, own, tmp_path, weights, gap):
     served, engine = llama_cpp.load_llama(
         {"llama": str(writers.folder / "llama")}, tmp_path, weights=weights, **LIMITS
