@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TypeVar, cast
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from petl.core.registry import require_capability
 from petl.core.support import Capability
 from petl.core.types import CausalModel, Settings
 from petl.errors import UnsupportedError, first_line
-from petl.generation.inference.language_model import LanguageModel
 from petl.ops.small_weights import (
     Kind,
     SmallWeight,
@@ -25,8 +25,9 @@ from petl.ops.small_weights import (
     replace_weight,
     why_unsupported,
 )
-from petl.training.retain.compare import measured
-from petl.training.retain.texts import BUNDLED, read_texts
+
+if TYPE_CHECKING:
+    from petl.generation.inference.language_model import LanguageModel
 
 # what a method has to work with: a base whose weights it cannot read as numbers
 NEEDS = {"int8": Capability.BASE_8BIT, "int4": Capability.BASE_4BIT}
@@ -129,7 +130,7 @@ def reads_no_weight(kind: Kind, compute: Callable[[], T]) -> T:
 
 
 def answer_small(
-    language: LanguageModel, layers: Iterable[tuple[nn.Module, Kind]], small: SmallWeights
+    language: "LanguageModel", layers: Iterable[tuple[nn.Module, Kind]], small: SmallWeights
 ) -> None:
     """Pack the weights of a loaded model, and log what its first adapter's answers lose by it.
 
@@ -143,7 +144,7 @@ def answer_small(
         tell(language, full, small)
 
 
-def tell(language: LanguageModel, full: nn.Module, small: SmallWeights) -> None:
+def tell(language: "LanguageModel", full: nn.Module, small: SmallWeights) -> None:
     """Log the bytes of packed weights, and compare a model with that of full weights on texts.
 
     Raises:
@@ -160,7 +161,9 @@ def tell(language: LanguageModel, full: nn.Module, small: SmallWeights) -> None:
         small.before / 1e6,
         small.after / 1e6,
     )
-    texts = read_texts([BUNDLED], "--weights")
+    # by name: imported for this option only
+    measured = resolve_name("petl.training.retain.compare:measured")
+    texts = resolve_name("petl.training.retain.texts:read_texts")(["bundled"], "--weights")
     chosen = texts[:: len(texts) // TEXTS][:TEXTS]
     settings = {"max_length": TOKENS, "batch_size": TEXTS}
     compare = partial(measured, language.model, chosen, language.tokenizer, base=full, **settings)
