@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 from torch import nn
 
-from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.core.compat import TrainableTokensLayer
 from petl.core.model.copies import share_weights
 from petl.core.registry import require_capability
@@ -27,6 +26,7 @@ from petl.ops.small_weights import (
 )
 
 if TYPE_CHECKING:
+    from petl.adapters.export.saved_adapter import SavedAdapter
     from petl.generation.inference.language_model import LanguageModel
 
 # what a method has to work with: a base whose weights it cannot read as numbers
@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def inspect_small(kind: Kind, found: Mapping[str, SavedAdapter | Settings]) -> None:
+def inspect_small(kind: Kind, found: "Mapping[str, SavedAdapter | Settings]") -> None:
     """Raise UnsupportedError, before weights are loaded, for what has no answers with small ones.
 
     Args:
         found: adapters, or the settings of plain models, by name.
     """
     wanted = f"--weights {kind}"
-    if device().type != "cpu":
+    if torch.accelerator.is_available():
         raise UnsupportedError(
             f"{wanted} is for a CPU, and this machine has an accelerator: there "
             "model.quantization=bnb_8bit or bnb_4bit trains and answers with small weights"
@@ -52,14 +52,14 @@ def inspect_small(kind: Kind, found: Mapping[str, SavedAdapter | Settings]) -> N
     if reason := why_unsupported(kind) or why_unsupported(HEAD):
         raise UnsupportedError(f"{wanted} is not possible on this machine: {reason}")
     for name, each in found.items():
-        is_saved = isinstance(each, SavedAdapter)
-        scheme = (each.settings["model"] if is_saved else each).get("quantization")
+        settings = each if isinstance(each, Mapping) else each.settings["model"]
+        scheme = settings.get("quantization")
         if scheme is not None:
             raise UnsupportedError(
                 f"{wanted} quantizes a full base, and that of {name} is quantized by {scheme}: "
                 "leave --weights out"
             )
-        if is_saved:
+        if not isinstance(each, Mapping):
             require_capability(each.config, NEEDS[kind], wanted)
 
 

@@ -1,7 +1,6 @@
 """`--weights int8|int4`: adapters beside packed weights, the same answers everywhere, refusals."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,7 +135,7 @@ def test_what_cannot_be_packed_is_refused(small, monkeypatch):
     quantized = {"name": "x", "quantization": "bnb_4bit"}
     with pytest.raises(UnsupportedError, match="quantized by bnb_4bit"):
         small_weights.inspect_small("int8", {"x": quantized})
-    monkeypatch.setattr(small_weights, "device", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(UnsupportedError, match="bnb_8bit or bnb_4bit"):
         load_language_model(small / "lora", weights="int8")
     monkeypatch.undo()
