@@ -27,20 +27,20 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3790,
-    "ops": 3480,
+    "ops": 3620,
     "core": 14620,
     "efficiency": 10090,
     "data": 17030,
     "training": 17010,
     "methods": 19820,
     "adapters": 9105,
-    "generation": 7500,
+    "generation": 7680,
     "experiments": 8560,
-    "cli": 4740,
+    "cli": 4760,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15160, "tests": 85640}
+OTHERS = {"scripts": 15260, "tests": 85860}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -371,7 +371,7 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("flags of configs by getattr", matches(FLAG), 15),
         Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
         Figure("cycles between files", len(cycles()), 0),
-        Figure("longest chain of imports", len(longest_chain()), 15),
+        Figure("longest chain of imports", len(longest_chain()), 16),
         Figure("docstrings, of public names", counted.documented / counted.public, 0.9, False),
         Figure("comments a code line", counted.comments / counted.code_lines, 0.075, False),
         Figure("messages with a value", counted.with_value / counted.raised, 0.95, False),
