@@ -33,6 +33,7 @@ SHARED = 0.7  # correlation of two adapters' errors on the same rows; assumption
 CONTENDER = 3.0  # standard errors of a difference, within which a setting may be the best
 EXPONENTS = (0.25, 0.5, 1.0)  # of learning curves; assumption
 PRIOR = 4  # degrees of freedom of what is assumed of seeds; assumption
+LOWER = 4.0  # factor by which a rate is lowered at most, where it is not told apart; assumption
 LOSSES_VARY = 0.5  # standard deviation of the losses of rows, in their mean; assumption
 NORMAL = 1.959964  # quantile of the 95 % interval of an evaluation
 CORRELATIONS = ("pearson", "spearman", "matthews")
@@ -225,7 +226,8 @@ class Evidence:
         """
         if self.deciding[0].steps >= self.full:
             return best
-        same = [s for s in self.means if s[:2] == best[:2] and s.rate <= best.rate]
+        alike = (s for s in self.means if s[:2] == best[:2])
+        same = [s for s in alike if best.rate / LOWER <= s.rate <= best.rate]
         near = [setting for setting in same if not self.apart(best, setting)]
         return min(near, key=lambda setting: setting.rate)
 

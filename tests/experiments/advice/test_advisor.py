@@ -139,8 +139,8 @@ def test_a_stopped_advice_goes_on(faked, rows, tmp_path):
         found = faked.advise(tmp_path / str(stop), rows)
         assert len(faked.made) == len(set(faked.made)), "nothing is trained twice"
         assert faked.made[: len(before)] == before
-        assert (found["method"], found["rank"], found["rate"]) == ("lora", 8, 0.003)
-        # the second start is paid for, too
+        # the second start is paid for, too, and leaves less for trials that tell rates apart
+        assert (found["method"], found["rank"]) == ("lora", 8)
         assert found["seconds"]["spent"] > whole["seconds"]["spent"] - 10
     again = faked.advise(tmp_path / "whole", rows)
     assert again["trials"] == whole["trials"]

@@ -103,6 +103,10 @@ def test_short_trials_that_cannot_tell_rates_apart_give_the_lowest():
     assert Evidence(near, FEW, 100).best == fast
     far = table({LORA: [0.5, 0.5], fast: [0.60, 0.605]})
     assert Evidence(far, FEW, 1000).best == fast
+    # few rows tell nothing apart, and are no reason to hardly train
+    slow = LORA._replace(rate=1e-4)
+    all_near = table({slow: [0.595], LORA: [0.6], fast: [0.605]})
+    assert Evidence(all_near, FEW, 1000).best == LORA
     # another rank is another choice
     wide = table({LORA: [0.595, 0.60], WIDE._replace(rate=3e-3): [0.60, 0.605]})
     assert Evidence(wide, FEW, 1000).best.rank == 32
