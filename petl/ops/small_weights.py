@@ -47,7 +47,7 @@ class SmallWeight(NamedTuple):
 
 def pack(weight: Tensor, kind: Kind) -> SmallWeight:
     """Pack a weight [O, I]; in 4 bits, O is a multiple of 16 and I one of 32."""
-    weight = weight.detach().float()
+    weight = weight.detach().float().contiguous()  # that of Conv1D is a transposed view
     least = torch.finfo(torch.bfloat16).tiny  # scales of rows of zeros
     if kind == "int8":
         scales = (weight.abs().amax(1) / 127).clamp_min(least).bfloat16()
