@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.core.compat import (
     adjustments_refused,
+    extend_method,
     tuner_class,
     without_noise,
 )
@@ -32,7 +33,9 @@ from petl.core.model.targets import (
     name_parameters,
     resolve_blocks,
     resolve_targets,
+    say_idle_exclusions,
     target_shapes,
+    words_among,
 )
 from petl.core.model.undo import undone_on_error
 from petl.core.parameters import check_module, quantization_of, within_memory
@@ -300,8 +303,10 @@ def _choose_targets(entry: Method, config: PeftConfig, model: nn.Module) -> None
     if not hasattr(config, "target_modules"):
         return
     targets, no_experts = config.target_modules, entry.lacking(Capability.EXPERTS, config)
+    say_idle_exclusions(config, model)
     # petl's tuners resolve words themselves, when PEFT injects them
-    if entry.own and (targets is None or targets in (*PRESETS, "all-linear")):
+    is_word = targets is None or targets in (*PRESETS, "all-linear")
+    if entry.own and (is_word or words_among(targets, model)):
         return
     if entry.own:
         check_targets(config, model, no_experts=no_experts)
@@ -313,6 +318,29 @@ def _choose_targets(entry: Method, config: PeftConfig, model: nn.Module) -> None
         if not no_experts and config.target_modules is not None:
             name_parameters(config, model)
     leave_out(config, model, entry.tuner, targets)
+
+
+def _add_adapter(
+    add: Callable[..., None],
+    model: PeftModel,
+    adapter_name: str,
+    peft_config: PeftConfig,
+    *args: object,
+    **kwargs: object,
+) -> None:
+    """Add an adapter as PEFT does, of whose targets a tuner of PEFT's does not know the presets."""
+    entry, base = method_of(peft_config), model.get_base_model()
+    targets = getattr(peft_config, "target_modules", None)
+    named = targets in [*PRESETS] or words_among(targets, base)
+    if entry is not None and not entry.own and named:
+        no_experts = entry.lacking(Capability.EXPERTS, peft_config)
+        resolve_targets(peft_config, base, no_experts=no_experts)
+        if not no_experts:
+            name_parameters(peft_config, base)
+    add(model, adapter_name, peft_config, *args, **kwargs)
+
+
+extend_method(PeftModel, "add_adapter", _add_adapter)
 
 
 def _check_shapes(entry: Method, config: PeftConfig, model: nn.Module) -> None:

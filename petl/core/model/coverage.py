@@ -145,7 +145,7 @@ def log_coverage(model: PeftModel, given: object, *, is_chosen: bool, adapts_exp
     hint = "; target_modules=block-linear adapts the experts too" if way_out else ""
     logger.log(logging.WARNING if low else logging.INFO, "%s%s", found, hint)
     on_experts = trained_on_experts(model)
-    if on_experts and not isinstance(given, list | set):
+    if on_experts and given != "experts" and not isinstance(given, list | set):
         logger.info(
             "%s of %s trained parameters are those of experts; name others to leave these out, "
             "such as target_modules=attention-linear",

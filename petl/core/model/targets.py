@@ -95,20 +95,42 @@ def resolve_targets(
     targets = config.target_modules
     if isinstance(targets, str) and targets in (*PRESETS, *words):
         preset = targets if targets in PRESETS else "block-linear"
-        everything = expand_preset(preset, model, with_stacks=not no_experts)
-        names = [name for name in everything if in_layers(config, model, name)]
-        if not names and no_experts and expand_preset(preset, model, with_stacks=True):
-            raise UnsupportedError(f"target_modules={targets!r} is not possible: {no_experts}")
-        if not names:
-            raise InputError(
-                f"target_modules={targets!r} matches no module of {type(model).__name__}"
-                + (_layer_hint(config) or _other_weights(model))
-            )
-        stacks = set(stack_names(model))
-        linear = [name for name in names if name not in stacks]
-        kept = without(model, linear, uncalled(model, linear)) if linear else []
-        set_targets(config, model, [*kept, *(name for name in names if name in stacks)])
+        set_targets(config, model, _named_by(preset, config, model, no_experts))
+    elif given := words_among(targets, model):
+        names = [n for word in given for n in _named_by(word, config, model, no_experts)]
+        rest = copy(config)
+        rest.target_modules = {*targets} - {*given}
+        if rest.target_modules:
+            check_targets(rest, model, no_experts=no_experts)
+            names += [*matched_names(rest, model), *matched_stacks(rest, model)]
+        set_targets(config, model, list(dict.fromkeys(names)))
     check_targets(config, model, no_experts=no_experts)
+
+
+def words_among(targets: object, model: nn.Module) -> list[str]:
+    """Return the presets in a list of targets; a word that a module has as its name means that."""
+    if not isinstance(targets, list | set | tuple):
+        return []
+    words = [word for word in PRESETS if word in targets]
+    named = {name.rpartition(".")[2] for name in candidate_names(model)} if words else ()
+    return [word for word in words if word not in named]
+
+
+def _named_by(preset: str, config: Any, model: nn.Module, no_experts: str) -> list[str]:
+    """Return the modules and stacks of a preset in the chosen blocks that a pass calls."""
+    everything = expand_preset(preset, model, with_stacks=not no_experts)
+    names = [name for name in everything if in_layers(config, model, name)]
+    if not names and no_experts and expand_preset(preset, model, with_stacks=True):
+        raise UnsupportedError(f"target_modules={preset!r} is not possible: {no_experts}")
+    if not names:
+        raise InputError(
+            f"target_modules={preset!r} matches no module of {type(model).__name__}"
+            + (_layer_hint(config) or _other_weights(model))
+        )
+    stacks = set(stack_names(model))
+    linear = [name for name in names if name not in stacks]
+    kept = without(model, linear, uncalled(model, linear)) if linear else []
+    return [*kept, *(name for name in names if name in stacks)]
 
 
 def choose_convolutions(config: Any, model: nn.Module, tuner: type[BaseTuner]) -> None:
@@ -131,6 +153,21 @@ def set_targets(config: Any, model: nn.Module, names: Sequence[str]) -> None:
         config.target_modules = "|".join(map(re.escape, sorted(names)))
     if hasattr(config, "feedforward_modules"):
         config.feedforward_modules = _feedforward(config, model) & set(names)
+
+
+def say_idle_exclusions(config: Any, model: nn.Module) -> None:
+    """Warn of each pattern of `exclude_modules` that no module or stack of experts has."""
+    given = getattr(config, "exclude_modules", None) or ()
+    names = [*candidate_names(model), *stack_names(model)] if given else []
+    known = {suffix for name in names for suffix in suffixes(name)}
+    for pattern in [given] if isinstance(given, str) else sorted(given):
+        is_expression = isinstance(given, str)
+        if not (any(re.fullmatch(given, n) for n in names) if is_expression else pattern in known):
+            ends = {name.rpartition(".")[2] for name in names}
+            hint = did_you_mean(pattern, ends)
+            logger.warning(
+                "exclude_modules: %r matches nothing, and leaves out nothing%s", pattern, hint
+            )
 
 
 def _feedforward(config: Any, model: nn.Module) -> set[str]:
@@ -157,9 +194,12 @@ def name_parameters(config: Any, model: nn.Module) -> None:
     # names that PEFT would take for stacks, also for those that are excluded
     targets, renamed = config.target_modules, renamed_targets(config, model)
     is_list = not isinstance(targets, str)
+    # of paths PEFT keeps the last parts as well, also of those that are excluded
+    left = {*stack_names(model)} & {*targets} if is_list else set()
     # of a regular expression PEFT keeps the last parts of names alone, which are in all blocks
     is_word = not is_list and targets.lower() == "all-linear"
-    if not stacks and (is_word or (renamed.isdisjoint(targets) if is_list else not renamed)):
+    is_free = not left and renamed.isdisjoint(targets) if is_list else not renamed
+    if not stacks and (is_word or is_free):
         return
     if is_list:
         doubles = any({*group} <= {*targets} for group in FORMER_NAMES["gate_up_proj"])
@@ -171,7 +211,8 @@ def name_parameters(config: Any, model: nn.Module) -> None:
     given = tuple(f".{name}" for name in facts_of(config).target_parameters or ())
     more = [name for name in stacks if not given or not f".{name}".endswith(given)]
     more = replicated(config, model, more)
-    config.target_parameters = [*(facts_of(config).target_parameters or ()), *more]
+    if more:
+        config.target_parameters = [*(facts_of(config).target_parameters or ()), *more]
     names = [name for name in names if name not in routers]
     if names:
         set_targets(config, model, names)
@@ -397,8 +438,10 @@ def choose_default(
     if not fits and adapts_norms(tuner):
         norms = [name for name, module in model.named_modules() if is_norm(module)]
         norms = names_of(LANGUAGE, norms, language_path(model))
-        inside = [name for name in norms if place(model, name) is not None]
-        set_targets(config, model, inside or norms)
+        inside = [name for name in norms if place(model, name) is not None] or norms
+        if not inside:
+            raise ModuleKindError(f"the norms of {type(model).__name__} have no weights to train")
+        set_targets(config, model, inside)
     elif not fits:
         config.target_modules = "block-linear"
         resolve_targets(config, model, no_experts=no_experts)

@@ -63,6 +63,8 @@ def missed(base, method: str, targets) -> set[str]:
         (["gate_up_proj", "experts.down_proj"], {ROUTER, *ATTENTION}),
         (SEVEN, {ROUTER}),
         (["w1", "w2", "w3"], {ROUTER, *ATTENTION}),
+        (["attention-linear", "experts"], {ROUTER}),
+        (["mlp-linear", "q_proj"], {ROUTER, *ATTENTION} - {"self_attn.q_proj"}),
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
@@ -274,3 +276,33 @@ def test_copies_of_blocks_are_adapted_and_saved(targets, tmp_path):
     loaded = petl.load(qwen3_moe(), tmp_path).eval()
     ids = torch.arange(8)[None]
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+@pytest.mark.parametrize("excluded", [["experts"], r".*experts.*", r".*\.mlp\..*"])
+def test_excluded_experts_have_no_adapter_where_peft_renames_their_projections(method, excluded):
+    fields = {"target_modules": "block-linear", "exclude_modules": excluded}
+    model = petl.wrap(qwen3_moe(), method, **fields, **FIELDS.get(method, {}))
+    assert set(coverage_of(model).missed) == {ROUTER, EXPERTS}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [("block-linear", {ROUTER}), (["attention-linear"], {ROUTER, EXPERTS})]
+)
+def test_an_adapter_that_is_added_may_name_presets(word, expected):
+    model = petl.wrap(qwen3_moe(), "lora", target_modules="block-linear")
+    model.add_adapter("b", petl.build_config("lora", target_modules=word, r=2))
+    model.set_adapter("b")
+    assert set(coverage_of(model).missed) == expected
+
+
+@pytest.mark.parametrize("method", ["lora", "mola"])
+@pytest.mark.parametrize("excluded", [["gate_projj"], r".*\.gate_projj"])
+def test_an_exclusion_that_leaves_out_nothing_is_said_once(method, excluded, caplog):
+    petl.wrap(testing.tiny_llama(), method, target_modules=["q_proj"], exclude_modules=excluded)
+    said = [record.message for record in caplog.records if "exclude_modules" in record.message]
+    assert len(said) == 1
+    assert "gate_projj" in said[0]
+    caplog.clear()
+    petl.wrap(testing.tiny_llama(), method, exclude_modules=["gate_proj"])
+    assert "exclude_modules" not in caplog.text
