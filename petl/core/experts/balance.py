@@ -1,9 +1,11 @@
 """The balance loss of a mixture's own routers, while they train: asked for, and shown in the log.
 
-transformers adds it to the loss where the config has `output_router_logits`, which it has not by
-default. Shapes: T tokens, E experts, K of a token.
+Classes of transformers whose forward computes it add it to the loss where the config has
+`output_router_logits` true, which it is not by default. About half of the configs that have this
+field belong to classes that compute none (DeepSeek-V3, Llama 4). Shapes: T tokens, E experts.
 """
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ASKED = "output_router_logits"  # field of a config
 WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+TERM = "aux_loss"  # in an output, and of the variable in a forward that computes it
 PART = "petl_router_balance"  # attribute of a base model
 
 
@@ -39,7 +42,7 @@ class RouterBalance:
 
     def _read(self, model: nn.Module, args: object, output: Any) -> None:
         self.context.terms.clear()
-        term = output.get("aux_loss") if isinstance(output, Mapping) else None
+        term = output.get(TERM) if isinstance(output, Mapping) else None
         if not model.training or not isinstance(term, Tensor):
             return
         self.context.terms["routers"] = term.detach() * self.weight
@@ -67,7 +70,7 @@ def router_balance(base: nn.Module) -> list[RouterBalance]:
     It is asked for if an adapter trains a router.
     """
     if PART not in vars(base):
-        config = _config_with(base, ASKED)
+        config = _config_with(base, ASKED) if _computes_balance(type(base)) else None
         trained = [n for n in router_names(base) if _is_trained(base.get_submodule(n))]
         if trained and config is None:
             logger.warning(
@@ -87,6 +90,15 @@ def router_balance(base: nn.Module) -> list[RouterBalance]:
 
 def _is_trained(router: nn.Module) -> bool:
     return isinstance(router, BaseTunerLayer) and any(p.requires_grad for p in router.parameters())
+
+
+def _computes_balance(kind: type) -> bool:
+    """Return True if a forward of a class, or of one that it inherits from, computes the loss."""
+    forwards = [
+        inspect.unwrap(vars(each)["forward"]) for each in kind.mro() if "forward" in vars(each)
+    ]
+    codes = [each.__code__ for each in forwards if inspect.isfunction(each)]
+    return any(TERM in code.co_varnames for code in codes)
 
 
 def _config_with(base: nn.Module, field: str) -> PretrainedConfig | None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from architectures.small import Type
 from mixtures import IDS
 from torch import nn
 
@@ -53,3 +55,28 @@ def test_a_balance_that_was_asked_for_is_told_from_the_loss_of_the_task():
 def test_a_dense_model_has_no_such_part():
     _, hooks = trained(testing.tiny_llama(), target_modules=["q_proj"])
     assert hooks.parts == []
+
+
+@pytest.mark.parametrize(
+    ("name", "computed"),
+    [
+        ("qwen3_moe", True),
+        ("mixtral", True),
+        ("llama4_text", False),
+        ("deepseek_v3", False),
+        ("lfm2_moe", False),
+    ],
+)
+def test_a_router_trains_with_a_balance_only_where_the_model_computes_one(name, computed, caplog):
+    caplog.set_level("INFO", logger="petl.core.experts.balance")
+    each = Type("causal", name)
+    config = each.config()
+    config.first_k_dense_replace = 0  # DeepSeek-V3: a mixture in each of its blocks
+    base = getattr(transformers, each.class_name)(config)
+    assert base.config.output_router_logits is False  # all of them have the field
+    model, hooks = trained(base, target_modules="router")
+    model(IDS, labels=IDS)
+    assert ("aux_loss" in hooks.metrics()) == computed
+    assert base.config.output_router_logits == computed
+    said = [each.levelname for each in caplog.records if each.name.endswith("experts.balance")]
+    assert said == ["INFO" if computed else "WARNING"]
