@@ -48,6 +48,8 @@ models in its last column: dense, with stacked experts (Qwen3-MoE, gpt-oss), Mam
 (LLaVA), and a module of PyTorch without a config. Two do not hold everywhere: exporting a LoRA
 for Mamba, since PEFT has none on its `out_proj`; `torch.compile` with experts, at which the graph
 breaks (`mos`: it does not), and with images and text, where it breaks in the base model itself.
+`corda` and `rslora` adapt experts as `lora` does (tests/methods/corda/test_experts.py,
+tests/core/experts/test_lora.py); the cells of their rows are checked on dense models alone.
 `python scripts/support.py` writes this page from what methods `lacks`; a test compares it with the
 code.
 

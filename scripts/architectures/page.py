@@ -17,8 +17,10 @@ FIRST = ("lora", "mola")  # run on all types
 HEAD = """\
 # Models
 
-Every type of model in the auto maps of transformers {version} that builds from a small config on a
-CPU, with the methods of petl and of PEFT through petl. {built} of {all} types build; LoRA and MoLA
+Every type of model of transformers {version} that is in its auto maps {maps},
+and builds from a small config on a CPU, with the methods of petl and of PEFT through petl. Types of
+other maps alone were not run, such as object detection, segmentation and masks, depth, video, time
+series, keypoints, text to sound. {built} of {all} types build; LoRA and MoLA
 were run on all of these{others}. A run wraps the model with the
 fields of the method's YAML (targets: `block-linear`, or what the method chooses), takes two steps,
 saves, loads into a new model, and merges. The outputs after loading are equal to the bit but for
@@ -51,6 +53,7 @@ def page(results: Results) -> str:
     complete = sum(len(row["methods"]) == len(methods) for row in built.values())
     text = HEAD.format(
         version=transformers.__version__,
+        maps=", ".join(f"`{each}`" for maps in KINDS.values() for each in maps),
         built=len(built),
         all=len(results),
         others=f", all {len(methods)} methods on {complete}" if complete else "",

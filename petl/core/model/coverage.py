@@ -67,6 +67,8 @@ class Coverage:
 
     def __str__(self) -> str:
         text = f"adapters reach {_percent(self.share)} of the block weights"
+        if self.without:
+            text += f" outside {' and '.join(map(repr, self.without))}"
         kinds = [f"{kind} ({_percent(part)})" for kind, part in self.missed.items()]
         if kinds:
             shown = kinds if len(kinds) <= SHOWN + 1 else kinds[:SHOWN]

@@ -129,7 +129,8 @@ class MethodConfig(PeftConfig):
         "name of the module list that layers_to_transform counts", None
     )
     target_parameters: list[str] | None = config_field(
-        "stacked parameters of experts, beside target_modules, of which they become a part", None
+        "stacked parameters of experts, added to target_modules; refused if the method adapts none",
+        None,
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = config_field(
         "tokens whose rows of the embedding train; by module: those of each", None
