@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import AdapterDict, original_class
-from petl.efficiency.frozen.feed import autocast_of
 from petl.efficiency.frozen.fill import OTHER
-from petl.efficiency.frozen.store import name_of
 from petl.system.files.disk import is_as_noted, note_digest, write_atomic
 from petl.system.files.paths import cache_folder
 
@@ -36,16 +34,18 @@ class FeatureCache:
         is_new: True once a batch was added, which `write` keeps.
     """
 
-    def __init__(self, base: nn.Module, head: nn.Module, *rows: object) -> None:
-        """Open the file; call it in the precision of the passes.
+    def __init__(self, base: nn.Module, head: nn.Module, precision: str, *rows: object) -> None:
+        """Open the file.
 
         Args:
             base: a model whose adapters are disabled.
             head: the module of `base` that gets the inputs; its own weights do not matter.
+            precision: of the passes, as Accelerate names it.
             rows: names the rows, and how they are divided into batches.
         """
         name = computation(base, head)
-        self.file = cache_folder() / FOLDER / f"{name_of(name, *rows)}.safetensors"
+        of_all = xxhash.xxh3_128_hexdigest(repr((name, precision, *rows)).encode())
+        self.file = cache_folder() / FOLDER / f"{of_all}.safetensors"
         self.is_new = False
         # weights that cannot be told have no name
         self._found = load_file(self.file) if name and is_as_noted(self.file) else {}
@@ -92,16 +92,14 @@ def computation(base: nn.Module, head: nn.Module) -> str:
     kept = {name: value for name, value in settings.items() if name not in OTHER}
     kept["attention"] = getattr(config, "_attn_implementation", None)
     kind = original_class(base)
-    return name_of(
-        FORMAT,
-        hasher.hexdigest(),
+    about = [
         f"{kind.__module__}.{kind.__qualname__}",
-        repr(sorted(kept.items(), key=lambda item: item[0])),
-        autocast_of(base),
+        *sorted(map(repr, kept.items())),
         next(base.parameters()).device.type,
-        torch.__version__,
-        transformers.__version__,
-    )
+        *(torch.__version__, transformers.__version__, FORMAT),
+    ]
+    hasher.update(repr(about).encode())
+    return hasher.hexdigest()
 
 
 def _outside_adapters(

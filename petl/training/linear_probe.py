@@ -264,8 +264,8 @@ class HeadReader:
     def open(self, rows: Dataset, *parts: int) -> Generator[None]:
         """Read these rows in the block, divided into batches as `parts` tells."""
         if self.keeps:
-            with self.accelerator.autocast():
-                self._cache = FeatureCache(self.base, self.head, content_hash(rows), *parts)
+            named = (str(self.accelerator.mixed_precision), content_hash(rows), *parts)
+            self._cache = FeatureCache(self.base, self.head, *named)
         yield
         if self._cache:
             self._cache.write()
