@@ -386,8 +386,8 @@ def figures(*, run: bool) -> list[Figure]:
         count = re.search(r"^(\d+) files$", quickstart.stdout, re.MULTILINE)
         assert count is not None, quickstart.stdout
         found += [
-            Figure("files in three steps of the quickstart", int(count[1]), 119),
-            Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 182),
+            Figure("files in three steps of the quickstart", int(count[1]), 120),
+            Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 183),
             Figure("files in a training pass of a MoLA layer", len(forward_files("mola")), 5),
             Figure("files in a training pass of a fused LoRA", len(forward_files("lora")), 3),
         ]
