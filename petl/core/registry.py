@@ -291,7 +291,7 @@ def _adapted(
         is_bare = isinstance(error, StopIteration)
         reason = "a target has no weights; choose others" if is_bare else first_line(error)
         if Conv1D.__name__ in reason:
-            reason += "; lora and petl's own methods adapt them, as linear layers"
+            reason = "it does not adapt Conv1D of transformers; lora and petl's own methods do"
         raise InputError(f"method {entry.name!r} on {type(model).__name__}: {reason}") from error
     if finish is not None:
         finish(wrapped)

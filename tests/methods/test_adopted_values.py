@@ -187,7 +187,7 @@ def test_a_size_of_one_target_is_compared_with_that_target(name, field, default,
 
 
 def test_what_a_tuner_of_pefts_does_not_take_is_refused_with_what_to_do():
-    with pytest.raises(petl.InputError, match=r"Conv1D\(nf=\d+, nx=\d+\).*; lora and petl's own"):
+    with pytest.raises(petl.InputError, match=r"Conv1D.*; lora and petl's own"):
         petl.wrap(testing.TINY_MODELS["gpt2"].base(), "c3a", block_size=4)
     # a norm without weights, as OLMo's
     bare = nn.Sequential(nn.Linear(4, 4), nn.Identity())

@@ -25,6 +25,7 @@ from petl.core.compat import (
     check_target_module_exists,
     default_feedforward,
     default_targets,
+    read_by_kernels,
     refused_names,
     renamed_targets,
 )
@@ -493,6 +494,8 @@ def leave_out(config: PeftConfig, model: nn.Module, tuner: type[BaseTuner], give
     is_word = given is None or given in (*PRESETS, "all-linear")
     if is_word:
         reasons |= refused_names(config, model, names)
+    elif closed := read_by_kernels(config, model, names):
+        raise uncalled_error(model, closed)
     for pattern in given if isinstance(given, list | set) else [None]:
         matched = [name for name in names if pattern is None or pattern in suffixes(name)]
         if is_word or not matched or not reasons.keys() >= set(matched):
