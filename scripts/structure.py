@@ -28,7 +28,7 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3790,
     "ops": 3620,
-    "core": 14705,
+    "core": 14735,
     "efficiency": 10090,
     "data": 17030,
     "training": 17010,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15270, "tests": 85930}
+OTHERS = {"scripts": 15270, "tests": 85960}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

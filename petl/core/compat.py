@@ -373,6 +373,26 @@ def with_complete_names(
         config.target_modules = set(tuner.targeted_module_names if is_word else given)
 
 
+def with_names_of_others(check: Callable[..., None], tuner: Any, config: PeftConfig) -> None:
+    """Check the config of a further LoRA, which may have other names for the same parameters.
+
+    PEFT compares names. Complete ones and their ends, to which it renames targets of transformers
+    4, are the same parameters, nested in one order.
+    """
+    own, others = getattr(config, "target_parameters", None), tuner.peft_config.values()
+    known = [c.target_parameters for c in others if c is not config and c.target_parameters]
+    if own and known and _parameters_named(own, tuner) == _parameters_named(known[0], tuner):
+        config.target_parameters = copy.copy(known[0])  # ty: ignore[unresolved-attribute]
+    check(tuner, config)
+
+
+def _parameters_named(ends: Iterable[str], tuner: nn.Module) -> set[str]:
+    """Return the paths of the base's parameters with one of these ends."""
+    names = (f".{name}".replace(".base_layer", "") for name, _ in tuner.named_parameters())
+    endings = tuple(f".{name}" for name in ends)
+    return {name for name in names if name.endswith(endings)}
+
+
 def save_config(
     save: Callable[..., None], config: LoraConfig, *args: object, **more: object
 ) -> None:
@@ -390,6 +410,7 @@ extend_method(
 )
 extend_method(LoraConfig, "save_pretrained", save_config)
 extend_method(LoraModel, "inject_adapter", with_complete_names)
+extend_method(LoraModel, "_check_new_adapter_config", with_names_of_others)
 
 
 def tied_with_embedding(names: Callable[..., list[str]], tuner: BaseTuner) -> list[str]:

@@ -139,7 +139,10 @@ def log_coverage(model: PeftModel, given: object, *, is_chosen: bool, adapts_exp
     """
     found = coverage_of(model)
     # of a model without values, such as that of a plan, other places tell
-    if found is None or next(model.parameters()).device.type == "meta":
+    if next(model.parameters()).device.type == "meta":
+        return
+    if found is None:
+        logger.info("the adapters change no weight of the blocks: they compute beside them")
         return
     low = not is_chosen and is_low(found, model.active_peft_config, given)
     is_preset = given == "block-linear"

@@ -307,3 +307,18 @@ def test_an_exclusion_that_leaves_out_nothing_is_said_once(method, excluded, cap
     caplog.clear()
     petl.wrap(testing.tiny_llama(), method, exclude_modules=["gate_proj"])
     assert "exclude_modules" not in caplog.text
+
+
+def test_a_file_of_peft_that_names_the_experts_otherwise_loads_beside_an_adapter(tmp_path):
+    ids = torch.arange(8)[None]
+    fields = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(qwen3_moe(), peft.LoraConfig(target_modules=SEVEN, **fields))
+    theirs.eval().save_pretrained(tmp_path)
+    model = petl.wrap(qwen3_moe(), "lora", target_modules="experts", **fields).eval()
+    own = model(input_ids=ids).logits
+    model.load_adapter(tmp_path, "theirs")
+    model.set_adapter("theirs")
+    model.eval()
+    torch.testing.assert_close(model(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    model.set_adapter("default")
+    assert torch.equal(model(input_ids=ids).logits, own)
