@@ -382,7 +382,7 @@ def with_names_of_others(check: Callable[..., None], tuner: Any, config: PeftCon
     own, others = getattr(config, "target_parameters", None), tuner.peft_config.values()
     known = [c.target_parameters for c in others if c is not config and c.target_parameters]
     if own and known and _parameters_named(own, tuner) == _parameters_named(known[0], tuner):
-        config.target_parameters = copy.copy(known[0])  # ty: ignore[unresolved-attribute]
+        config.target_parameters = copy.copy(known[0])  # ty: ignore[missing-attribute]
     check(tuner, config)
 
 

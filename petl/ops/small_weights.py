@@ -93,7 +93,8 @@ class Small:
         return y if own.bias is None else y + own.bias
 
 
-class SmallLinear(Small, nn.Linear):
+# its argument is `input`, which nothing names
+class SmallLinear(Small, nn.Linear):  # ty: ignore[lost-keyword-for-regular-parameter]
     """nn.Linear with a packed weight."""
 
 

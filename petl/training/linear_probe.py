@@ -281,7 +281,7 @@ class HeadReader:
 
     def next(self, inputs: Batch) -> tuple[Tensor, Tensor]:
         """Return the vectors of a further batch, and the head's logits of them."""
-        known = self._cache and self._cache.find(inputs)
+        known = self._cache.find(inputs) if self._cache else None
         if known is not None:
             vectors = known.to(self.accelerator.device)
         else:

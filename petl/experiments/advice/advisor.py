@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypedDict
 
+from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
 from petl.core.types import Record
@@ -176,6 +177,7 @@ class Advisor:
             self.device = start_device(self.config.train.seed, self.config.precision)
         data = read_from(self.config.data)
         refuse_stream(data.train, "petl advise")  # its length is unknown
+        assert isinstance(data.train, Dataset)
         constraints = needs(self.request.need, data.task.peft_task_type)
         if len(data.train) < FEWEST_ROWS:
             self.list = shortlist(constraints)
@@ -220,7 +222,7 @@ class Advisor:
                 f"{self.request.folder} has the advice of another command ({', '.join(others[:3])})"
                 ": use the same options and settings, or another --out"
             )
-        return found  # ty: ignore[invalid-return-type]
+        return found
 
     def _save(self) -> None:
         write_atomic(self.request.folder / SCHEDULE, as_json(self.planned))

@@ -165,7 +165,7 @@ def write_page(advice: Record, folder: Path) -> Path:
         advice=advice,
         facts=facts_of(advice),
         table=table,
-        links={at: address(file, folder) for at, file in table.links.items()} if table else {},
+        runs={at: address(file, folder) for at, file in table.links.items()} if table else {},
         charts=list(charts_of(advice)) if has_trials else [],
     )
     write_atomic(folder / PAGE, page)
