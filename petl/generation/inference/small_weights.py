@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
 from petl.core.compat import TrainableTokensLayer
@@ -26,7 +27,6 @@ from petl.ops.small_weights import (
 )
 
 if TYPE_CHECKING:
-    from petl.adapters.export.saved_adapter import SavedAdapter
     from petl.generation.inference.language_model import LanguageModel
 
 # what a method has to work with: a base whose weights it cannot read as numbers
@@ -37,7 +37,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def inspect_small(kind: Kind, found: "Mapping[str, SavedAdapter | Settings]") -> None:
+class Inspected(Protocol):
+    """The part of a saved adapter that is inspected."""
+
+    @property
+    def config(self) -> PeftConfig:
+        """Its config."""
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of its run."""
+
+
+def inspect_small(kind: Kind, found: Mapping[str, Inspected | Settings]) -> None:
     """Raise UnsupportedError, before weights are loaded, for what has no answers with small ones.
 
     Args:
