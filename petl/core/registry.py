@@ -329,14 +329,16 @@ def _add_adapter(
     **kwargs: object,
 ) -> None:
     """Add an adapter as PEFT does, of whose targets a tuner of PEFT's does not know the presets."""
-    entry, base = method_of(peft_config), model.get_base_model()
-    targets = getattr(peft_config, "target_modules", None)
-    named = targets in [*PRESETS] or words_among(targets, base)
-    if entry is not None and not entry.own and named:
-        no_experts = entry.lacking(Capability.EXPERTS, peft_config)
-        resolve_targets(peft_config, base, no_experts=no_experts)
-        if not no_experts:
-            name_parameters(peft_config, base)
+    entry = method_of(peft_config)
+    # PEFT adds prompts itself, to a model that has no adapter yet
+    targets = vars(peft_config).get("target_modules")
+    if targets and entry is not None and not entry.own:
+        base = model.get_base_model()
+        if targets in [*PRESETS] or words_among(targets, base):
+            no_experts = entry.lacking(Capability.EXPERTS, peft_config)
+            resolve_targets(peft_config, base, no_experts=no_experts)
+            if not no_experts:
+                name_parameters(peft_config, base)
     add(model, adapter_name, peft_config, *args, **kwargs)
 
 
