@@ -333,7 +333,7 @@ def _add_adapter(
     # PEFT adds prompts itself, to a model that has no adapter yet
     targets = vars(peft_config).get("target_modules")
     if targets and entry is not None and not entry.own:
-        base = model.get_base_model()
+        base = model.base_model.model  # also of a model whose last adapter was deleted
         if targets in [*PRESETS] or words_among(targets, base):
             no_experts = entry.lacking(Capability.EXPERTS, peft_config)
             resolve_targets(peft_config, base, no_experts=no_experts)
