@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -333,7 +333,8 @@ def _add_adapter(
     # PEFT adds prompts itself, to a model that has no adapter yet
     targets = vars(peft_config).get("target_modules")
     if targets and entry is not None and not entry.own:
-        base = model.base_model.model  # also of a model whose last adapter was deleted
+        # also of a model whose last adapter was deleted
+        base = cast(nn.Module, model.base_model.model)
         if targets in [*PRESETS] or words_among(targets, base):
             no_experts = entry.lacking(Capability.EXPERTS, peft_config)
             resolve_targets(peft_config, base, no_experts=no_experts)
