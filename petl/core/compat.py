@@ -373,16 +373,16 @@ def with_complete_names(
         config.target_modules = set(tuner.targeted_module_names if is_word else given)
 
 
-def with_names_of_others(check: Callable[..., None], tuner: Any, config: PeftConfig) -> None:
+def with_names_of_others(check: Callable[..., None], tuner: Any, config: LoraConfig) -> None:
     """Check the config of a further LoRA, which may have other names for the same parameters.
 
     PEFT compares names. Complete ones and their ends, to which it renames targets of transformers
     4, are the same parameters, nested in one order.
     """
-    own, others = getattr(config, "target_parameters", None), tuner.peft_config.values()
+    own, others = config.target_parameters, tuner.peft_config.values()
     known = [c.target_parameters for c in others if c is not config and c.target_parameters]
     if own and known and _parameters_named(own, tuner) == _parameters_named(known[0], tuner):
-        config.target_parameters = copy.copy(known[0])  # ty: ignore[missing-attribute]
+        config.target_parameters = copy.copy(known[0])
     check(tuner, config)
 
 

@@ -34,20 +34,17 @@ class FeatureCache:
         is_new: True once a batch was added, which `write` keeps.
     """
 
-    def __init__(self, base: nn.Module, head: nn.Module, precision: str, *rows: object) -> None:
+    def __init__(self, name: str, precision: str, *rows: object) -> None:
         """Open the file.
 
         Args:
-            base: a model whose adapters are disabled.
-            head: the module of `base` that gets the inputs; its own weights do not matter.
+            name: of the `computation`; "": nothing is read or kept.
             precision: of the passes, as Accelerate names it.
             rows: names the rows, and how they are divided into batches.
         """
-        name = computation(base, head)
         of_all = xxhash.xxh3_128_hexdigest(repr((name, precision, *rows)).encode())
         self.file = cache_folder() / FOLDER / f"{of_all}.safetensors"
         self.is_new = False
-        # weights that cannot be told have no name
         self._found = load_file(self.file) if name and is_as_noted(self.file) else {}
         self._keeps, self._bytes = bool(name), 0
 
@@ -77,7 +74,12 @@ class FeatureCache:
 
 
 def computation(base: nn.Module, head: nn.Module) -> str:
-    """Return a name for what a model computes up to its head; "" if its weights are not plain."""
+    """Return a name for what a model computes up to its head; "" if its weights are not plain.
+
+    Args:
+        base: a model whose adapters are disabled.
+        head: the module that gets the inputs; its own weights do not matter.
+    """
     hasher = xxhash.xxh3_128()
     for path, module in _outside_adapters(base, head):
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))

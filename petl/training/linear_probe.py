@@ -10,9 +10,10 @@ Shapes: N rows, B rows of a batch, T tokens, H features.
 
 import copy
 import logging
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from petl.system.collectives import is_sharded
 from petl.system.progress import Pass, ProgressItems
 from petl.training.dataloader import SPLIT_SEED, Batch, Splits, load, longest_first
 from petl.training.evaluate import in_order
-from petl.training.feature_cache import FeatureCache
+from petl.training.feature_cache import FeatureCache, computation
 from petl.training.features import Context, RunFeature
 from petl.training.optimizer import fraction_of_peak, make_optimizer, set_lr
 from petl.training.runs.settings import VALIDATION_FRACTION, TrainConfig
@@ -260,15 +261,22 @@ class HeadReader:
         self.accelerator = accelerator
         self._cache: FeatureCache | None = None
 
-    @contextmanager
-    def open(self, rows: Dataset, *parts: int) -> Generator[None]:
-        """Read these rows in the block, divided into batches as `parts` tells."""
+    @cached_property
+    def computation(self) -> str:
+        """The name of what computes the vectors; it reads all weights, once."""
+        return computation(self.base, self.head)
+
+    def open(self, rows: Dataset, *parts: int) -> None:
+        """Let `next` read the vectors of these rows, divided into batches as `parts` tells."""
         if self.keeps:
-            named = (str(self.accelerator.mixed_precision), content_hash(rows), *parts)
-            self._cache = FeatureCache(self.base, self.head, *named)
-        yield
+            precision = str(self.accelerator.mixed_precision)
+            self._cache = FeatureCache(self.computation, precision, content_hash(rows), *parts)
+
+    def close(self) -> None:
+        """Keep the vectors that were computed."""
         if self._cache:
             self._cache.write()
+        self._cache = None
 
     def first(self, inputs: Batch) -> tuple[Tensor, Tensor]:
         """Return the vectors of the first batch, and the model's logits, from a pass."""
@@ -326,30 +334,31 @@ def features(
     numbers = list(rows[SET]) if untrained is not None and untrained.sets else []
     loaded = load(rows, splits.collate, parts, accelerator.device)
     what = f"linear probe: features of {len(rows):,} examples"
-    with (
-        accelerator.autocast(),
-        reader.open(rows, batch_size, accelerator.process_index, processes),
-    ):
-        for batch in ProgressItems(loaded, what, len(parts)):
-            # without labels the model computes no loss of its own
-            inputs = {name: batch[name] for name in batch if name not in labels}
-            read, logits = reader.next(inputs) if vectors else reader.first(inputs)
-            by_token = logits.dim() == 3
-            if not vectors:  # the first batch has the longest rows
-                size = 4 * len(rows) * read[0].numel()
-                if not is_usable(reader.head, read, logits, size, accelerator):
-                    return None
-            vectors.append(padded_to(read, width, 0) if by_token else read)
-            for name, values in labels.items():
-                given = batch[name]
-                values.append(padded_to(given, width, IGNORED) if by_token else given)
-            if by_token:
-                masks.append(padded_to(inputs["attention_mask"], width, 0))
-            if untrained is not None:
-                at = len(vectors) - 1
-                of_set = [numbers[row] for row in parts[at]] if untrained.sets else []
-                untrained.add(task, batch, logits, len(own) - at * batch_size, of_set)
+    for batch in ProgressItems(loaded, what, len(parts)):
+        # without labels the model computes no loss of its own
+        inputs = {name: batch[name] for name in batch if name not in labels}
+        read, logits = reader.next(inputs) if vectors else reader.first(inputs)
+        by_token = logits.dim() == 3
+        if not vectors:  # the first batch has the longest rows
+            size = 4 * len(rows) * read[0].numel()
+            with accelerator.autocast():
+                usable = is_usable(reader.head, read, logits, size, accelerator)
+            if not usable:
+                return None
+            if not by_token:
+                reader.open(rows, batch_size, accelerator.process_index, processes)
+        vectors.append(padded_to(read, width, 0) if by_token else read)
+        for name, values in labels.items():
+            given = batch[name]
+            values.append(padded_to(given, width, IGNORED) if by_token else given)
+        if by_token:
+            masks.append(padded_to(inputs["attention_mask"], width, 0))
+        if untrained is not None:
+            at = len(vectors) - 1
+            of_set = [numbers[row] for row in parts[at]] if untrained.sets else []
+            untrained.add(task, batch, logits, len(own) - at * batch_size, of_set)
 
+    reader.close()
     if untrained is not None:
         untrained.end(task, rows, order, accelerator)
     labels |= {"attention_mask": masks} if masks else {}
