@@ -363,7 +363,7 @@ def figures(*, run: bool) -> list[Figure]:
         ),
         Figure("packages", len(packages()), 12),
         Figure("arrows between packages", len(arrows()), 60),
-        Figure("annotations with Any", share_of_any(), 0.0374),
+        Figure("annotations with Any", share_of_any(), 0.030),
         Figure("hooks of Method that methods have", len(hooks()), 25),
         Figure("other names of core that methods override", len(overridden_besides()), 29),
         Figure("guards", matches(GUARD), 230),

@@ -56,7 +56,7 @@ class Command:
 
 
 def argument(
-    text: str, parse: Callable[[str], Any] = str, default: Any = MISSING, **keywords: Any
+    text: str, parse: Callable[[str], object] = str, default: object = MISSING, **keywords: object
 ) -> Any:
     """Declare an argument without a flag; with `default`, it may be left out.
 

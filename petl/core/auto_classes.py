@@ -55,7 +55,7 @@ _of_peft: Any = _auto.from_pretrained.__func__
 
 
 @wraps(_of_peft)
-def from_pretrained(cls: Any, path: Any, *args: object, **kwargs: Any) -> Any:
+def from_pretrained(cls: Any, path: str | Path, *args: object, **kwargs: object) -> Any:
     """`AutoPeftModel.from_pretrained`, in which the base model gets the saved labels, if any."""
     labels = read_labels(path, **{k: v for k, v in kwargs.items() if k in ON_THE_HUB})
     if not labels or kwargs.keys() & {"num_labels", "id2label"}:
@@ -64,7 +64,7 @@ def from_pretrained(cls: Any, path: Any, *args: object, **kwargs: Any) -> Any:
     given = {**labels, "ignore_mismatched_sizes": True, **kwargs}
     added = given.keys() - kwargs.keys()
 
-    def load_adapter(*args: object, **kwargs: object) -> Any:
+    def load_adapter(*args: object, **kwargs: object) -> object:
         kept = {key: value for key, value in kwargs.items() if key not in added}
         return cls._target_peft_class.from_pretrained(*args, **kept)
 

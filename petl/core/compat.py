@@ -648,7 +648,7 @@ def attribute_of_norm(look_up: Callable[..., object], layer: LNTuningLayer, name
 extend_method(LNTuningLayer, "__getattr__", attribute_of_norm)
 
 
-def attribute_of_convolution(look_up: Callable[..., object], layer: Any, name: str) -> object:
+def attribute_of_convolution(look_up: Callable[..., object], layer: nn.Module, name: str) -> object:
     """Look an attribute of PEFT's layer around a convolution up in that, if the layer has none.
 
     MobileNets read stride, kernel size and dilation of theirs for the padding of TensorFlow.

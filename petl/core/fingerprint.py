@@ -241,9 +241,9 @@ def _layers_around(path: str, layer: object) -> Iterator[tuple[str, LoraLayer]]:
         layer = layer.base_layer if name else None
 
 
-def variant_of(config: Any) -> str:
+def variant_of(config: PeftConfig) -> str:
     """Return which LoRA a config is of, as far as its layers compute otherwise."""
-    return "dora" if config.use_dora else "lora"
+    return "dora" if facts_of(config).use_dora else "lora"
 
 
 def layer_in(config: Any, path: str) -> Layer:

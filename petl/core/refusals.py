@@ -1,7 +1,5 @@
 """What is a base model, a plain LoRA, and more than one."""
 
-from typing import Any
-
 from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
@@ -28,10 +26,10 @@ def is_lora(config: PeftConfig) -> bool:
     return config.peft_type == PeftType.LORA
 
 
-def is_plain(config: Any) -> bool:
+def is_plain(config: PeftConfig) -> bool:
     """Return True for a LoRA that trains nothing but its factors, and heads."""
     more = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
-    plain = is_lora(config) and config.bias == "none"
+    plain = is_lora(config) and facts_of(config).bias == "none"
     return plain and not any(getattr(config, name) for name in more)
 
 

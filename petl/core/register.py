@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 from petl.core.compat import add_method
 from petl.core.layers.layer import AdapterLayer
-from petl.core.method import Method
+from petl.core.method import A, C, Method
 from petl.core.registry import METHODS, check_free
 from petl.core.tuners.adapter import AdapterTuner
 from petl.core.tuners.asking import AskingTuner
@@ -37,9 +37,7 @@ def register(method_cls: M) -> M:
     return method_cls
 
 
-def make_tuner(
-    entry: Method[Any, Any], prefix: str, bases: tuple[type, ...] = ()
-) -> type[AskingTuner]:
+def make_tuner(entry: Method[C, A], prefix: str, bases: tuple[type, ...] = ()) -> type[AskingTuner]:
     """Generate the tuner class of a method.
 
     Args:

@@ -113,7 +113,7 @@ def method(name: str, *, others: Iterable[str] = ()) -> Method:
     return choose(METHODS, name, "method", others=others)
 
 
-def get(name: str) -> type[Any]:
+def get(name: str) -> type[PeftConfig] | type[LossConfig]:
     """Return the config class of the method or extra loss called `name`.
 
     Raises:

@@ -8,7 +8,8 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -234,7 +235,7 @@ def distinct(puzzle: str, seed: int, tries: int) -> Iterator[Puzzle]:
             yield question, str(entry["answer"]), {"puzzle": puzzle, "metadata": entry["metadata"]}
 
 
-def reasoning_gym() -> tuple[Any, Mapping[str, object]]:
+def reasoning_gym() -> tuple[ModuleType, Mapping[str, object]]:
     """The module reasoning_gym and its puzzles, by name.
 
     Raises:

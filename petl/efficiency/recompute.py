@@ -22,6 +22,7 @@ from petl.core.layers.class_swap import SwappedClass, forward_code, mixins_of, s
 from petl.core.parameters import check_module
 from petl.core.support import Capability
 from petl.efficiency.rewrite import Rewrite, Value
+from petl.ops import Ctx
 from petl.ops.low_rank import has_no_hooks
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class _ActivationProduct(torch.autograd.Function):
     """`act(z)`, or `act(z) * up`, that saves only `z` and `up` for backward."""
 
     @staticmethod
-    def forward(ctx: Any, act: Callable[[Tensor], Tensor], z: Tensor, up: Tensor | None) -> Tensor:
+    def forward(ctx: Ctx, act: Callable[[Tensor], Tensor], z: Tensor, up: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, up)
         # the activation is a function, not a tensor: it cannot go through save_for_backward
         ctx.act, ctx.unpacked = act, None
@@ -39,7 +40,7 @@ class _ActivationProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (z, up), ctx.unpacked = _inputs(ctx), None
         with torch.enable_grad():  # act again, now with a graph of its own for its gradient
             leaf = z.detach().requires_grad_()
@@ -57,7 +58,7 @@ def _product(a: Tensor, up: Tensor | None) -> Tensor:
     return a if up is None else a * up
 
 
-def _inputs(node: Any) -> tuple[Tensor, Tensor | None]:
+def _inputs(node: Ctx) -> tuple[Tensor, Tensor | None]:
     """Return the saved tensors of an `_ActivationProduct`, read once and kept until its backward.
 
     Under checkpointing, saved tensors can be unpacked only once.
@@ -70,7 +71,7 @@ def _inputs(node: Any) -> tuple[Tensor, Tensor | None]:
 class _SavedView(NamedTuple):
     """Saved in place of a tensor: node and view (size, stride, offset) of its output."""
 
-    node: Any
+    node: Ctx
     view: tuple[torch.Size, tuple[int, ...], int]
 
     def tensor(self) -> Tensor:

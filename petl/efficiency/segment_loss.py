@@ -11,13 +11,15 @@ Fine-tuning", arXiv 2501.09767.
 """
 
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -93,7 +95,7 @@ def signature_of(base: nn.Module) -> inspect.Signature:
     return inspect.signature(_forward_of(base))
 
 
-def _forward_of(base: nn.Module) -> Any:
+def _forward_of(base: nn.Module) -> FunctionType:
     kind: Any = original_class(base)
     # transformers wraps forward in decorators, which hide its names
     return inspect.unwrap(kind.forward)
@@ -349,7 +351,11 @@ class _AroundProduct(TorchDispatchMode):
         self.changes = False
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))

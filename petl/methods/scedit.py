@@ -20,7 +20,7 @@ Where we depart from the authors' code: `scaling` counts above 1 too (theirs is 
 whether a tuner is active is the adapter's state (theirs looks for outputs of zero in each step).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -200,7 +200,7 @@ class SceditAdapter(Adapter):
 class _Bottleneck:
     """The function `act(x W1^T + b1) W2^T + b2` of each pixel of x [N, C, H, W]."""
 
-    def __init__(self, act: Any) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
         self.act = act
 
     def __call__(self, x: Tensor, *parameters: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ class Rule:
 
     words: str
     holds: Callable[[Any], bool]
-    options: tuple[Any, ...] = ()
+    options: tuple[object, ...] = ()
     reason: str = ""
     bounds: Mapping[str, float | str] | None = None
 

@@ -201,7 +201,7 @@ class LayerCall(nn.Module):
         self.layer = layer
         self.inputs: list[tuple[Any, Tensor]] = []  # the capture, and what it gets
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Return the layer's output."""
         for capture, x in self.inputs:
             capture(self.layer, (x,), {})
@@ -209,7 +209,9 @@ class LayerCall(nn.Module):
 
 
 @torch.no_grad()
-def first_call(model: nn.Module, batch: Batch) -> tuple[LayerCall, tuple[Any, ...], dict[str, Any]]:
+def first_call(
+    model: nn.Module, batch: Batch
+) -> tuple[LayerCall, tuple[object, ...], dict[str, object]]:
     """Return the first adapted layer of `model`, and the arguments that it gets for a batch.
 
     A layer that adapts a whole block gets more than hidden states.
@@ -217,7 +219,7 @@ def first_call(model: nn.Module, batch: Batch) -> tuple[LayerCall, tuple[Any, ..
     call = LayerCall(next(iter(tuner_layers(model).values())))
     calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
-    def listen(_: object, args: Any, kwargs: Any) -> None:
+    def listen(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         calls.append((args, kwargs))
         for capture in getattr(call.layer, "captures", {}).values():
             call.inputs.append((capture, capture.context.state[capture.place]))

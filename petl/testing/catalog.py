@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 from unittest import SkipTest
 
 from transformers import PreTrainedModel
@@ -138,7 +137,7 @@ def checks(case: Case | None = None, *, slow: bool | None = None) -> list[str]:
     ]
 
 
-def params(cases: Iterable[Case], *, slow: bool | None = None) -> Iterator[Any]:
+def params(cases: Iterable[Case], *, slow: bool | None = None) -> Iterator[object]:
     """Yield a `pytest.param(case, check)` for each case and each check that applies to it.
 
     They have readable ids, the mark `slow` where it applies (register it in your pytest settings:

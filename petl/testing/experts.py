@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.experts.layout import ExpertsLayout, experts_of
@@ -23,7 +24,7 @@ class SeparateExperts(nn.Module):
     Shapes: T tokens, K experts of each, H width.
     """
 
-    def __init__(self, module: Any, layout: ExpertsLayout) -> None:
+    def __init__(self, module: nn.Module, layout: ExpertsLayout) -> None:
         super().__init__()
         self.module = (module,)  # for its activation; no child of this one
         self.layout = layout
@@ -100,7 +101,7 @@ def experts_equal_separate_layers(case: Case) -> None:
         assert abs(a - b) <= 1e-4 * abs(b), f"losses of a training: {losses}"
 
 
-def _compare_merged(model: Any, twin: Any) -> None:
+def _compare_merged(model: PeftModel, twin: PeftModel) -> None:
     before = {n: p.clone() for n, p in model.named_parameters()}
     model.merge_adapter()
     twin.merge_adapter()

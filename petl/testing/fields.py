@@ -31,14 +31,14 @@ DROPOUT = 0.5
 OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
 SHARED = {field.name for field in dataclasses.fields(MethodConfig)}
 # values that follow neither from an annotation nor from a rule
-VALUES: dict[str, list[Any]] = {
+VALUES: dict[str, list[object]] = {
     "non_linearity": ["relu"],
     "layers_pattern": ["no_such_list"],
     "blocks": ["no_such_list"],
     "target_parameters": [["no_such_parameter"]],
     "trainable_token_indices": [[1, 2]],
 }
-BESIDE: dict[str, dict[str, Any]] = {"layers_pattern": {BLOCKS: [0]}}
+BESIDE: dict[str, dict[str, object]] = {"layers_pattern": {BLOCKS: [0]}}
 
 
 @check(lambda case: on_llama(case) and bool(dropouts(case)))
@@ -139,7 +139,7 @@ def _names(case: Case) -> list[str]:
     return [name for key in keys for name in key]
 
 
-def _given(case: Case, name: str) -> Mapping[str, Any]:
+def _given(case: Case, name: str) -> Mapping[str, object]:
     """Return the entry of `Case.acts_with` for a field."""
     found = (
         v for k, v in case.acts_with.items() if name == k or (not isinstance(k, str) and name in k)
@@ -190,7 +190,7 @@ class Trace:
             raise self.refusal
         return self.stages[index]
 
-    def _run(self) -> Iterator[Any]:
+    def _run(self) -> Iterator[Mapping[str, object]]:
         model, batch = self.case.wrap(), self.case.batch()
         yield {name: (p.shape, p.dtype) for name, p in trainable(model).items()}
         yield _copied(model.state_dict())
@@ -200,7 +200,7 @@ class Trace:
         yield gradients(model, batch)
         yield from self._trained(model, batch)
 
-    def _trained(self, model: PeftModel, batch: Batch) -> Iterator[Any]:
+    def _trained(self, model: PeftModel, batch: Batch) -> Iterator[Mapping[str, object]]:
         torch.manual_seed(4)
         losses = train(model.train(), batch, steps=STEPS, lr=self.case.lr).losses
         yield {"losses": torch.tensor(losses)}
@@ -223,7 +223,7 @@ def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 # Values
 
 
-def candidates(case: Case, name: str, beside: Mapping[str, object]) -> Iterator[Any]:
+def candidates(case: Case, name: str, beside: Mapping[str, object]) -> Iterator[object]:
     """Yield values of a field other than the one that it has in a case."""
     try:
         now = getattr(varied(case, beside).config(), name)
@@ -243,7 +243,7 @@ def candidates(case: Case, name: str, beside: Mapping[str, object]) -> Iterator[
             yield value
 
 
-def _of_targets(case: Case, name: str, beside: Mapping[str, object]) -> Iterator[Any]:
+def _of_targets(case: Case, name: str, beside: Mapping[str, object]) -> Iterator[object]:
     """Yield values that name modules of the case's model."""
     if name in (BLOCKS, "layers"):
         yield [0]
@@ -266,7 +266,7 @@ def _of_targets(case: Case, name: str, beside: Mapping[str, object]) -> Iterator
         yield from ([name] for name in reversed(outside))
 
 
-def _of_type(now: object, hint: object, options: tuple[object, ...]) -> Iterator[Any]:
+def _of_type(now: object, hint: object, options: tuple[object, ...]) -> Iterator[object]:
     """Yield values of an annotation other than `now`."""
     hints = get_args(hint) if NoneType in get_args(hint) or get_origin(hint) is None else (hint,)
     collection = any(get_origin(each) is list for each in (hint, *get_args(hint)))

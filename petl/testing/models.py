@@ -8,7 +8,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput
 
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 
 VOCABULARY, CLASSES, PAD = 96, 5, 0
 LENGTH, TARGET_LENGTH = 10, 7  # tokens of an input, and of a target of an encoder-decoder
@@ -294,7 +295,7 @@ def tiny_unet(more: int = 0) -> TinyUNet:
     return build_seeded(TinyUNet, UNetConfig(more=more))
 
 
-def create_config(cls: Any, **fields: object) -> Any:
+def create_config(cls: Callable[..., T], **fields: object) -> T:
     """Create a config; the type checker does not know the fields of its base class."""
     return cls(**fields)
 

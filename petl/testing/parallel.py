@@ -1,5 +1,6 @@
 """Checks of training one adapter in several processes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ def zero_processes_equal_one(case: Case) -> None:
     _compare(case, _train_zero, {f"{s}: {n}": t for s in ZERO_STAGES for n, t in expected.items()})
 
 
-def _compare(case: Case, train_in_process: Any, expected: State) -> None:
+def _compare(
+    case: Case, train_in_process: Callable[[Case], tuple[int, State]], expected: State
+) -> None:
     """Compare the tensors of all processes with each other, exactly, and with one process.
 
     A tenth of an optimizer step (`LR`) is allowed for another order of summation.

@@ -13,11 +13,12 @@ from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import distributed
 
+T = TypeVar("T")
 PRELOAD = (
     "peft",
     "transformers.models.bert.modeling_bert",
@@ -28,9 +29,7 @@ PRELOAD = (
 )
 
 
-def in_fresh_process(
-    function: Callable[..., object], *args: object, imports: tuple[str, ...] = ()
-) -> Any:
+def in_fresh_process(function: Callable[..., T], *args: object, imports: tuple[str, ...] = ()) -> T:
     """Return `function(*args)`, run in a new process that has imported only what it needs.
 
     Args:
@@ -43,8 +42,8 @@ def in_fresh_process(
 
 
 def in_processes(
-    count: int, function: Callable[..., object], *args: object, imports: tuple[str, ...] = ()
-) -> list[Any]:
+    count: int, function: Callable[..., T], *args: object, imports: tuple[str, ...] = ()
+) -> list[T]:
     """Return `function(*args)` of each of `count` new processes of one gloo group, by rank.
 
     Args:
@@ -72,7 +71,7 @@ def _context() -> BaseContext:
     return context
 
 
-def _call(function: Callable[..., object], imports: tuple[str, ...], *args: object) -> object:
+def _call(function: Callable[..., T], imports: tuple[str, ...], *args: object) -> T:
     # several processes would compete for the cores
     torch.set_num_threads(1)
     for module in imports:
@@ -84,10 +83,10 @@ def _call_in_group(
     store: Path,
     rank: int,
     count: int,
-    function: Callable[..., object],
+    function: Callable[..., T],
     imports: tuple[str, ...],
     *args: object,
-) -> object:
+) -> T:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ["MASTER_ADDR"] = "localhost"  # Accelerate reads it, although the group exists
     distributed.init_process_group(

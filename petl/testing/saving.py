@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -92,7 +92,7 @@ def _damaged(saved: dict[str, Tensor], prefix: str) -> Iterator[tuple[str, dict[
 
 
 def _assert_refused(
-    attempt: Any, what: str, errors: tuple[type[Exception], ...] = (InputError,)
+    attempt: Callable[[], object], what: str, errors: tuple[type[Exception], ...] = (InputError,)
 ) -> None:
     try:
         attempt()

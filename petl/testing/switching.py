@@ -1,6 +1,7 @@
 """Checks of several adapters in one model, of disabling and of merging adapters."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -263,7 +264,7 @@ def mixed_batch_equals_single_runs(case: Case) -> None:
     _assert_input_error(lambda: model.train()(**batch, adapter_names=names), "train mode")
 
 
-def _refusal(attempt: Any) -> str:
+def _refusal(attempt: Callable[[], object]) -> str:
     """Return the message of the NotImplementedError that a call raises, or ""."""
     try:
         attempt()
@@ -272,7 +273,7 @@ def _refusal(attempt: Any) -> str:
     return ""
 
 
-def _assert_input_error(attempt: Any, what: str) -> None:
+def _assert_input_error(attempt: Callable[[], object], what: str) -> None:
     try:
         attempt()
     except InputError:

@@ -1,7 +1,7 @@
 """Checks of a method during training."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -256,7 +257,11 @@ class CountSyncs(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))

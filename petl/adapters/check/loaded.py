@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from petl.adapters.check.findings import NotCheckedError
 from petl.adapters.check.folder import PREFIX, WEIGHTS, Subject, module_of
@@ -142,7 +143,7 @@ def load(subject: Subject) -> Loaded:
     )
 
 
-def _equal(subject: Subject, model: Any) -> Iterator[str]:
+def _equal(subject: Subject, model: nn.Module) -> Iterator[str]:
     """Yield the names of saved tensors that the base has with the same values."""
     own = model.state_dict()
     for name in subject.weights.stored:

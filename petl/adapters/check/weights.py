@@ -79,7 +79,7 @@ class TensorFile:
             header = json.loads(opened.read(length))
         return header, np.memmap(self.file, np.uint8, "r", LENGTH + length)
 
-    def values(self, name: str) -> Any:
+    def values(self, name: str) -> np.ndarray:
         """Return a tensor as a numpy array; bfloat16 as float32."""
         header, content = self._content
         start, end = header[name]["data_offsets"]

@@ -13,7 +13,7 @@ from statistics import mode
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -237,7 +237,7 @@ def in_one_scale(
 
 
 def ranked_config(
-    template: Any,
+    template: PeftConfig,
     ranks: dict[str, int],
     alphas: Mapping[str, float] | None = None,
     **fields: object,
@@ -262,7 +262,7 @@ def ranked_config(
         revision=template.revision,
         inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
         # PEFT may list heads twice
-        modules_to_save=list(dict.fromkeys(template.modules_to_save or [])) or None,
+        modules_to_save=list(dict.fromkeys(facts_of(template).modules_to_save or [])) or None,
         trainable_token_indices=facts_of(template).trainable_token_indices,
         r=rank,
         lora_alpha=as_integer(alpha),

@@ -93,9 +93,9 @@ class Work:
         """Measure, cut and score; return the small model and the content of shrink.json."""
         source, train = self.source, self.config.train
         splits = encode_splits(source.saved.data, source.processor, train, self.accelerator)
-        dense: Any = source.dense().to(self.accelerator.device).eval()
+        dense: PreTrainedModel = source.dense().to(self.accelerator.device).eval()
 
-        def scores(model: Any, name: str) -> dict[str, float]:
+        def scores(model: PreTrainedModel, name: str) -> dict[str, float]:
             return Evaluator(model, splits, self.accelerator, train.eval_batch_size).test(
                 when=f"with the {name} model"
             )
@@ -129,7 +129,7 @@ class Work:
         }
         return found.model, record
 
-    def write(self, small: Any, out: Path, record: Record, also: Write) -> None:
+    def write(self, small: PreTrainedModel, out: Path, record: Record, also: Write) -> None:
         """Write a model that was not recovered, which is loaded again and compared.
 
         Raises:
@@ -137,7 +137,7 @@ class Work:
         """
         on_main(self.accelerator, lambda: self._write(small, out, record, also))
 
-    def _write(self, small: Any, out: Path, record: Record, also: Write) -> None:
+    def _write(self, small: PreTrainedModel, out: Path, record: Record, also: Write) -> None:
         saved, task, processor = self.source.saved, self.task, self.source.processor
         if isinstance(processor, PreTrainedTokenizerBase):
             processor = task.saved_tokenizer(processor)
@@ -184,7 +184,7 @@ class Work:
         return scores_of(run or self.run)
 
 
-def seconds_of(batch: Mapping[str, Any], *models: nn.Module) -> list[float]:
+def seconds_of(batch: Mapping[str, object], *models: nn.Module) -> list[float]:
     """Return the seconds of a forward pass of each model, the least of some rounds in turn."""
     least = [float("inf")] * len(models)
     for _ in range(ROUNDS):

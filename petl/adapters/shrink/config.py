@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petl.core.layers.class_swap import original_class
 from petl.core.model.mlp import WIDTH_FIELDS
@@ -54,7 +54,7 @@ def set_list(config: Config, counts: Sequence[int]) -> None:
             setattr(each, name, [*counts])
 
 
-def odd_parameters(model: Any, blocks: Collection[str]) -> list[str]:
+def odd_parameters(model: PreTrainedModel, blocks: Collection[str]) -> list[str]:
     """Return the parameters of blocks that have another shape than the model's config says."""
     # a copy: some classes write into the config that they are built from
     with torch.device("meta"):

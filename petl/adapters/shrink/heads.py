@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from petl.adapters.shrink.config import Config, configs_of
 from petl.adapters.shrink.counts import group_count
@@ -53,7 +54,7 @@ class Heads:
         """The number of query heads of a group."""
         return self.queries // self.groups
 
-    def best_groups(self, model: Any, norms: Tensor, sparsity: float) -> Tensor:
+    def best_groups(self, model: nn.Module, norms: Tensor, sparsity: float) -> Tensor:
         """Return the groups that stay, rising: those with the largest sums of channel scores.
 
         Args:
@@ -65,15 +66,15 @@ class Heads:
         order = totals.sort(descending=True, stable=True).indices
         return order[: group_count(self.groups, sparsity)].sort().values
 
-    def changes(self, model: Any, groups: Tensor) -> dict[int, object]:
+    def changes(self, model: nn.Module, groups: Tensor) -> dict[int, object]:
         """Return the parameters without the other groups, by the `id` of the given ones."""
         changes: dict[int, object] = {}
         for path, heads in ((self.query, self.shared), (self.key, 1), (self.value, 1)):
             layer = model.get_submodule(path)
-            kept = self.columns(groups.to(layer.weight.device), heads)
+            kept = self.columns(groups.to(matrix_of(layer).device), heads)
             changes |= kept_outputs(layer, kept)
         layer = model.get_submodule(self.output)
-        kept = self.columns(groups.to(layer.weight.device), self.shared)
+        kept = self.columns(groups.to(matrix_of(layer).device), self.shared)
         return changes | kept_inputs(layer, kept)
 
     def heads_of(self, groups: Tensor) -> Tensor:
@@ -81,7 +82,9 @@ class Heads:
         return (groups[:, None] * self.shared + torch.arange(self.shared)).flatten()
 
 
-def find_heads(model: Any, blocks: Collection[str], sparsity: float) -> dict[str, Heads]:
+def find_heads(
+    model: PreTrainedModel, blocks: Collection[str], sparsity: float
+) -> dict[str, Heads]:
     """Return the attention of each block, by its path.
 
     Raises:
@@ -113,7 +116,7 @@ def find_heads(model: Any, blocks: Collection[str], sparsity: float) -> dict[str
     return found
 
 
-def _heads_of(model: Any, info: Any) -> Heads | None:
+def _heads_of(model: nn.Module, info: Any) -> Heads | None:
     """Return the heads of an attention; None if it has another form."""
     paths = [info.query, info.key, info.value, info.output]
     if not info.head_width or None in paths:  # one layer for all three, or unknown names
@@ -139,7 +142,7 @@ def set_heads(config: Config, before: Heads, groups: int) -> None:
             each.num_key_value_heads = groups
 
 
-def note_heads(model: Any, before: Heads, groups: int) -> None:
+def note_heads(model: nn.Module, before: Heads, groups: int) -> None:
     """Let the attributes of an attention module follow its numbers of heads."""
     owner = vars(model.get_submodule(before.query.rpartition(".")[0]))
     for name in FIELDS:

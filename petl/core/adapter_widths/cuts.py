@@ -54,13 +54,15 @@ def layer_width(
     return found.width(tensors[name].shape[found.dim])
 
 
-def scale_ratio(config: Any, width: int, k: int, scale: str) -> float:
+def scale_ratio(config: PeftConfig, width: int, k: int, scale: str) -> float:
     """Return the scale of a layer of rank `width` that is cut to `k`, over its own."""
     ratio = width / k if scale == "width" else 1.0
     return math.sqrt(ratio) if facts_of(config).use_rslora else ratio
 
 
-def at_width_in_config(config: Any, widths: Mapping[str, int], k: int, scale: str) -> PeftConfig:
+def at_width_in_config(
+    config: PeftConfig, widths: Mapping[str, int], k: int, scale: str
+) -> PeftConfig:
     """Return the config of the adapter of width `k`.
 
     Args:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from petl.core.adapter_widths.components import SCALES
@@ -122,10 +122,10 @@ class Narrowed:
         context: ForwardContext | None = None,
     ) -> None:
         choose(dict.fromkeys(SCALES), scale, "scale")
-        self.config: Any = model.peft_config[name]
+        self.config: PeftConfig = model.peft_config[name]
         self.components, self.context = components_of(self.config), context
         widths = widths_of(model, name)
-        self.cut: Any = at_width_in_config(self.config, widths, k, scale)
+        self.cut: PeftConfig = at_width_in_config(self.config, widths, k, scale)
         if is_sharded(model):
             raise UnsupportedError(
                 f"width={k} of a sharded model is not possible: each process has parts of the "

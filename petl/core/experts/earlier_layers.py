@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,7 +30,7 @@ Scaled = list[tuple[Part, Tensor, Tensor, float]]  # A, B and scale of projectio
 
 
 def to_stacks(
-    config: Any, model: PreTrainedModel, tensors: Mapping[str, Tensor], what: object
+    config: PeftConfig, model: PreTrainedModel, tensors: Mapping[str, Tensor], what: object
 ) -> dict[str, Tensor]:
     """Return the tensors of such an adapter as PEFT saves those of stacks; `config` is changed.
 

@@ -238,7 +238,7 @@ class GroupedAdapters(GroupedLayer):
     def __init__(
         self,
         base_layer: nn.Module,
-        adapters: Sequence[Any],
+        adapters: Sequence[nn.Module],
         generators: Sequence[torch.Generator | None],
         captured: InputHook | None,
     ) -> None:
@@ -255,7 +255,7 @@ class GroupedNetworks(GroupedLayer):
     """Adapters whose computation broadcasts over the stacked tensors of all: bottlenecks."""
 
     def __init__(
-        self, base_layer: nn.Module, adapters: Sequence[Any], captured: InputHook | None
+        self, base_layer: nn.Module, adapters: Sequence[nn.Module], captured: InputHook | None
     ) -> None:
         super().__init__(base_layer)
         self.adapters, self.captured = tuple(adapters), captured
@@ -270,7 +270,7 @@ class GroupedNetworks(GroupedLayer):
 
 def each_alone(
     layer: GroupedLayer,
-    adapters: Sequence[Any],
+    adapters: Sequence[nn.Module],
     generators: Sequence[torch.Generator | None],
     x: Tensor,
     args: tuple[object, ...],

@@ -217,7 +217,7 @@ class Adapter(nn.Module):
         return {**_tensors(self, ""), **shared}
 
     @classmethod
-    def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
+    def batched(cls, adapters: Sequence[Self], dtype: torch.dtype) -> BatchedAdapter | None:
         """Return a function that computes all rows of a mixed batch together, or None.
 
         None: each adapter computes its own rows. Called for inference only; the function is used
@@ -231,8 +231,8 @@ class Adapter(nn.Module):
             A function of x [G, T, I] and y [G, T, O], which it may overwrite, to the output
             [G, T, O], in which group g went through `adapters[g]`.
         """
-        factors = {adapter: adapter.plain_factors() for adapter in adapters}
-        if None in factors.values():
+        factors = {a: own for a in adapters if (own := a.plain_factors()) is not None}
+        if factors.keys() != {*adapters}:
             return None
         # one tensor per group, not per adapter: a batched product needs them contiguous
         return LowRankRows.stack([factors[adapter] for adapter in adapters], dtype)
@@ -331,7 +331,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         prefix: str,
         pools: AdapterDict,
         shape: LayerShape | None = None,
-        **quantization: Any,
+        **quantization: object,
     ) -> None:
         super().__init__()
         # by adapter name, for adapters whose input is another module's

@@ -39,14 +39,14 @@ def changed_copy(model: M, changes: Mapping[int, object]) -> M:
 
 
 @contextmanager
-def changed_class(cls: type[Any], change: Callable[[Any], None]) -> Generator[type[Any]]:
+def changed_class(cls: type[M], change: Callable[[M], None]) -> Generator[type[Any]]:
     """Yield a class that builds models of `cls` and changes them before weights are read.
 
     Models that were loaded by it in the block have the class `cls` after it.
     """
     made = []
 
-    def init(self: Any, *args: object, **kwargs: object) -> None:
+    def init(self: M, *args: object, **kwargs: object) -> None:
         cls.__init__(self, *args, **kwargs)
         change(self)
         made.append(self)
@@ -59,7 +59,7 @@ def changed_class(cls: type[Any], change: Callable[[Any], None]) -> Generator[ty
 
 
 def load_changed(
-    config: PretrainedConfig, folder: Path, change: Callable[[Any], None], file: str
+    config: PretrainedConfig, folder: Path, change: Callable[[PreTrainedModel], None], file: str
 ) -> PreTrainedModel:
     """Load a model from its folder, in evaluation mode, with modules that `change` has put in it.
 
@@ -94,7 +94,7 @@ def load_changed(
     return model.eval()
 
 
-def model_class(config: PretrainedConfig, folder: Path) -> type[Any]:
+def model_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
     """Return the class of transformers that a config, or the one in the folder, names."""
     names = config.architectures
     if not names:

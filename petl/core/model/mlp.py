@@ -80,7 +80,7 @@ def find_mlp(model: nn.Module, path: str, widths: Iterable[int] = ()) -> Mlp:
     return Mlp(inputs, f"{path}.{mlp.down}", mlp.width, mlp.fused)
 
 
-def _candidates(layers: Mapping[str, Any], D: int) -> Iterator[Mlp]:
+def _candidates(layers: Mapping[str, tuple[int, int]], D: int) -> Iterator[Mlp]:
     """Yield what may be an MLP among linear layers, with paths as they are given."""
     order = list(layers)
     for down, (F, out) in layers.items():

@@ -117,7 +117,7 @@ def words_among(targets: object, model: nn.Module) -> list[str]:
     return [word for word in words if word not in named]
 
 
-def _named_by(preset: str, config: Any, model: nn.Module, no_experts: str) -> list[str]:
+def _named_by(preset: str, config: PeftConfig, model: nn.Module, no_experts: str) -> list[str]:
     """Return the modules and stacks of a preset in the chosen blocks that a pass calls."""
     everything = expand_preset(preset, model, with_stacks=not no_experts)
     names = [name for name in everything if in_layers(config, model, name)]
@@ -156,9 +156,9 @@ def set_targets(config: Any, model: nn.Module, names: Sequence[str]) -> None:
         config.feedforward_modules = _feedforward(config, model) & set(names)
 
 
-def say_idle_exclusions(config: Any, model: nn.Module) -> None:
+def say_idle_exclusions(config: PeftConfig, model: nn.Module) -> None:
     """Warn of each pattern of `exclude_modules` that no module or stack of experts has."""
-    given = getattr(config, "exclude_modules", None) or ()
+    given = facts_of(config).exclude_modules or ()
     names = [*candidate_names(model), *stack_names(model)] if given else []
     known = {suffix for name in names for suffix in suffixes(name)}
     for pattern in [given] if isinstance(given, str) else sorted(given):
@@ -297,13 +297,13 @@ def resolve_blocks(config: Any, model: nn.Module) -> None:
     config.layers_to_transform = last_blocks(given, next(iter(lengths.values())))
 
 
-def check_targets(config: Any, model: nn.Module, *, no_experts: str = NO_EXPERTS) -> None:
+def check_targets(config: PeftConfig, model: nn.Module, *, no_experts: str = NO_EXPERTS) -> None:
     """Raise InputError, with suggestions, for a pattern that matches nothing in `model`.
 
     Args:
         no_experts: see `resolve_targets`.
     """
-    targets = config.target_modules
+    targets = facts_of(config).target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return
     names = replicated(config, model, candidate_names(model))
@@ -350,7 +350,7 @@ def check_targets(config: Any, model: nn.Module, *, no_experts: str = NO_EXPERTS
     if targets and not found:
         raise InputError(
             f"target_modules={_shown(targets)} matches modules, but none is left after "
-            f"exclude_modules={config.exclude_modules}" + _layer_hint(config)
+            f"exclude_modules={facts_of(config).exclude_modules}" + _layer_hint(config)
         )
 
 
@@ -377,9 +377,9 @@ def _adapts_none(target: str, stack: str, no_experts: str) -> UnsupportedError:
     )
 
 
-def matched_names(config: Any, model: nn.Module) -> list[str]:
+def matched_names(config: PeftConfig, model: nn.Module) -> list[str]:
     """Return the names of the modules that PEFT will adapt, in `named_modules` order."""
-    names, targets = candidate_names(model), config.target_modules
+    names, targets = candidate_names(model), facts_of(config).target_modules
     if isinstance(targets, list | set):
         # PEFT compares each name with each target, which takes a second with thousands of targets
         given = set(targets)
@@ -526,13 +526,13 @@ def target_shapes(
     return shapes
 
 
-def check_saved(config: Any, model: nn.Module) -> None:
+def check_saved(config: PeftConfig, model: nn.Module) -> None:
     """Raise InputError for a module to save that `model` lacks, which PEFT would ignore.
 
     PEFT itself adds the usual names of the head of a classifier; these may be absent.
     """
     names = candidate_names(model)
-    for module in config.modules_to_save or ():
+    for module in facts_of(config).modules_to_save or ():
         if module not in SEQ_CLS_HEAD_NAMES and not any(n.endswith(module) for n in names):
             suffixes = {name.rpartition(".")[2] for name in names}
             raise UnknownNameError(

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 from peft import PeftConfig
 from torch import nn
@@ -14,9 +14,8 @@ from petl.errors import InputError
 from petl.system.values import hints_of
 
 logger = logging.getLogger(__name__)
-
-
 BLOCKS = "layers_to_transform"
+T = TypeVar("T")
 
 
 def config_hints(config_cls: type) -> Fields:
@@ -112,12 +111,12 @@ def _parts(model: nn.Module, prefix: str) -> set[str]:
 MAX_EXCESS = 100
 
 
-def rank_of(config: PeftConfig, key: str, default: object) -> Any:
+def rank_of(config: PeftConfig, key: str, default: T) -> int | T:
     """Return the rank that `rank_pattern` of a config has for module `key`, else `default`."""
     return pattern_value(facts_of(config).rank_pattern, key, default)
 
 
-def pattern_value(pattern: Mapping[str, object] | None, key: str, default: object) -> Any:
+def pattern_value(pattern: Mapping[str, T] | None, key: str, default: T) -> T:
     """Return the value that a pattern of a config has for module `key`, else `default`."""
     pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), key), default)

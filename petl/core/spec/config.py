@@ -222,7 +222,7 @@ class MethodConfig(PeftConfig):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
 
-def in_proportion(config: Any, r: int) -> Fields:
+def in_proportion(config: PeftConfig, r: int) -> Fields:
     """Return this `r`, and the `lora_alpha` with which the scaling lora_alpha / r is unchanged.
 
     The field of PEFT's LoHa and LoKr is `alpha`.
@@ -231,10 +231,10 @@ def in_proportion(config: Any, r: int) -> Fields:
     name, alpha = "lora_alpha", facts.lora_alpha
     if alpha is None:
         name, alpha = "alpha", facts.alpha
-    if alpha is None or config.r is None:
+    if alpha is None or facts.r is None:
         return {"r": r}
     # an integer where possible, as PEFT annotates it
-    scaled = alpha * r / config.r
+    scaled = alpha * r / facts.r
     return {"r": r, name: int(scaled) if scaled == int(scaled) else scaled}
 
 

@@ -1,6 +1,6 @@
 """What is asked of the config of any method: its value, or that of one without the field."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,7 +22,7 @@ class Facts:
     replaces_head: bool = False
     divides_calibration: bool = False
     tasks: Sequence[str] = ()
-    r: Any = None
+    r: int | None = None
     lora_alpha: float | None = None
     alpha: float | None = None
     use_rslora: bool = False
@@ -32,13 +32,14 @@ class Facts:
     init_lora_weights: bool | str | None = None
     bias: str | None = None
     rank_pattern: Mapping[str, Any] | None = None
-    target_modules: Any = None
+    target_modules: Collection[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
     target_parameters: Sequence[str] | None = None
-    trainable_token_indices: Any = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     modules_to_save: Sequence[str] | None = None
     layers_to_transform: Any = None
-    layers_pattern: Any = None
-    layer_replication: Sequence[Any] | None = None
+    layers_pattern: list[str] | str | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None
     prompt_tuning_init_state_dict_path: str | None = None
     megatron_core: str | None = "megatron.core"
     adapters: Mapping[str, str] | None = None

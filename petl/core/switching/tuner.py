@@ -381,7 +381,7 @@ def _view(module: M) -> M:
 
 def only_visible(model: PeftModel, names: Collection[str]) -> AbstractContextManager[None]:
     """Return a context in which a `SwitchingTuner` hides all other adapters; other tuners: none."""
-    tuner: Any = model.base_model
+    tuner: nn.Module = model.base_model
     return tuner.only_visible(names) if isinstance(tuner, SwitchingTuner) else nullcontext()
 
 

@@ -46,7 +46,7 @@ class AskingTuner(SwitchingTuner):
     context: ForwardContext
 
     def __new__(
-        cls, model: Any = None, peft_config=None, adapter_name: str = "", **options: Any
+        cls, model: object = None, peft_config=None, adapter_name: str = "", **options: object
     ) -> Any:
         """Return an object of the class for the config; of this one if a copy is made."""
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
@@ -64,7 +64,7 @@ class AskingTuner(SwitchingTuner):
         of_class = f"PETL_{method.name.upper()}", method.inner or None
         return _without_state, of_class, self.__getstate__()
 
-    def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: object, peft_config: object, *args: object, **kwargs: object) -> None:
         # before `super().__init__`, which injects the first adapter
         self.kept: dict[object, object] = {}
         self.placed: dict[str, dict[str, Adapter]] = {}
@@ -99,7 +99,7 @@ class AskingTuner(SwitchingTuner):
                 "petl.wrap"
             )
 
-    def adapter_set(self, adapter_name: str) -> AdapterSet[Any, Any]:
+    def adapter_set(self, adapter_name: str) -> AdapterSet[PeftConfig, Adapter]:
         """Return the adapters called `adapter_name`."""
         placed, config = self.placed.get(adapter_name, {}), self.peft_config[adapter_name]
         return AdapterSet(self.model, adapter_name, config, placed, self, self.kept)
@@ -107,7 +107,7 @@ class AskingTuner(SwitchingTuner):
     @classmethod
     def _set_in(
         cls, model: nn.Module, adapter_name: str, config: PeftConfig, state: Tensors
-    ) -> AdapterSet[Any, Any]:
+    ) -> AdapterSet[PeftConfig, Adapter]:
         is_wrapped = isinstance(model, PeftModel)
         base: Any = model.get_base_model() if is_wrapped else model
         tuner: Any = model.base_model if is_wrapped else None
@@ -413,7 +413,7 @@ def check_loaded(
             cast(Adapter, adapters[adapter_name]).check_saved(own_tensors)
 
 
-DEFAULTS: Method[Any, Any] = Method()
+DEFAULTS: Method[PeftConfig, Adapter] = Method()
 
 
 def computes_by_position(model: PeftModel) -> bool:
@@ -424,6 +424,6 @@ def computes_by_position(model: PeftModel) -> bool:
     return of_peft or method_asked(type(tuner)).by_position
 
 
-def method_asked(tuner: type) -> Method[Any, Any]:
+def method_asked(tuner: type) -> Method[PeftConfig, Adapter]:
     """Return the method that a tuner asks; of PEFT's own tuners, one with all defaults."""
     return tuner.method if issubclass(tuner, AskingTuner) else DEFAULTS

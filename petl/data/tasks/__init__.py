@@ -72,6 +72,6 @@ def task_class(name: str) -> type[Any]:
     return resolve_name(TASKS[name])
 
 
-def later(name: str, **fields: Any) -> Callable[[], Any]:
+def later(name: str, **fields: object) -> Callable[[], Any]:
     """Return the function that builds a task with these fields, and imports torch."""
     return lambda: task_class(name)(**fields)

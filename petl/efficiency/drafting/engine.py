@@ -94,7 +94,7 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
     encoder_input_ids: Tensor | None = None,
     inputs_tensor: Tensor | None = None,
     **model_kwargs: object,
-) -> Any:
+) -> object:
     """Generate with drafts: `model.generate(..., custom_generate=decode, drafter=...)`.
 
     transformers prepares the arguments up to `generation_config`. More than one row, beams and
@@ -223,7 +223,7 @@ class Decoding:
     # The loop
 
     @torch.no_grad()
-    def run(self) -> Any:
+    def run(self) -> object:
         """Decode until a criterion ends the answer, and return what `generate` returns."""
         clock, length = self.settings.clock, len(self.tokens)
         if self.stream is not None:

@@ -41,7 +41,7 @@ class FedBlock(SwappedClass):
     petl_feed: "FrozenFeed"
 
     # not `forward`: checkpointing of transformers and torch's hooks act in `__call__`
-    def __call__(self: Any, *args: object, **kwargs: object) -> Any:
+    def __call__(self: Any, *args: object, **kwargs: object) -> object:
         feed = self.petl_feed
         if feed.states is None or REPLICA in self.__dict__:
             return super().__call__(*args, **kwargs)

@@ -29,7 +29,7 @@ class RepeatedBlock(SwappedClass):
     petl_repeated: "RepeatedPasses"
 
     # not `forward`: checkpointing of transformers and torch's hooks act in `__call__`
-    def __call__(self: Any, *args: object, **kwargs: object) -> Any:
+    def __call__(self: Any, *args: object, **kwargs: object) -> object:
         given = args[0] if args else kwargs["hidden_states"]
         return self.petl_repeated.block(
             self, given, lambda: super(RepeatedBlock, self).__call__(*args, **kwargs)
@@ -59,7 +59,7 @@ class RepeatedPasses:
         finally:
             self._is_second = self._skips = False
 
-    def block(self, block: nn.Module, given: Tensor, run: Callable[[], object]) -> Any:
+    def block(self, block: nn.Module, given: Tensor, run: Callable[[], object]) -> object:
         """Return the output of a block, which runs unless its output is known."""
         is_first, is_last = block is self.blocks[0], block is self.blocks[-1]
         if not self._is_second:

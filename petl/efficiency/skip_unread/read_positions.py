@@ -67,7 +67,7 @@ def _refusal(base: nn.Module) -> str:
 
 def _position(base: PreTrainedModel) -> str | None:
     """Return the position that a classifier reads, "first" or "last"; None if it is not known."""
-    cls: Any = original_class(base)
+    cls: type[PreTrainedModel] = original_class(base)
     if isinstance(base, GenericForSequenceClassification):
         own = inspect.unwrap(cls.forward) is inspect.unwrap(
             GenericForSequenceClassification.forward

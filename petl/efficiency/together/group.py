@@ -7,6 +7,7 @@ adapted layers; the members' own models stay as they are and evaluate, save and 
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -248,7 +249,7 @@ def drawing_by_rows(generators: Sequence[torch.Generator | None], rows: int) -> 
 
 def default_states(device: torch.device) -> tuple[object, ...]:
     """Return the states of torch's generator of a device and of numpy's."""
-    source: Any = torch if device.type == "cpu" else torch.get_device_module(device)
+    source: ModuleType = torch if device.type == "cpu" else torch.get_device_module(device)
     of_numpy: Any = np.random.get_state()
     _, keys, position, *_ = of_numpy
     return source.get_rng_state().numpy().tobytes(), keys.tobytes(), position

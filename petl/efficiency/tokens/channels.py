@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from petl.core.layers.class_swap import SwappedClass
+from petl.ops import Ctx
 
 
 class _KeptChannels(torch.autograd.Function):
@@ -22,7 +23,7 @@ class _KeptChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, act: Callable[[Tensor], Tensor], keep: float, z: Tensor, up: Tensor
+        ctx: Ctx, act: Callable[[Tensor], Tensor], keep: float, z: Tensor, up: Tensor
     ) -> Tensor:
         a = act(z)
         norms = a.flatten(0, -2).norm(dim=0) + up.flatten(0, -2).norm(dim=0)
@@ -35,7 +36,7 @@ class _KeptChannels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         channels, z, up = ctx.saved_tensors
         with torch.enable_grad():  # a graph of its own for the gradient of the activation
             leaf = z.detach().requires_grad_()

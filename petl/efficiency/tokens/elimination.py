@@ -49,7 +49,7 @@ class TokenBlock(SwappedClass):
     scorer: Scorer
     attention_path: str
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: object, **kwargs: object) -> object:
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             hidden = args[0] if args else kwargs["hidden_states"]
             kwargs["kept_tokens"] = self.kept(hidden, kwargs)
@@ -92,7 +92,7 @@ class TokenAttention(SwappedClass):
 
     kept: Tensor | None = None
 
-    def forward(self: Any, *args: object, **kwargs: Any) -> object:
+    def forward(self: Any, *args: object, **kwargs: object) -> object:
         positions = self.kept
         if positions is None:
             return super().forward(*args, **kwargs)

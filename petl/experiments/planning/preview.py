@@ -108,7 +108,7 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
 
 
 def statistics(
-    name: str, task: "Task", processor: Any, raw: "Dataset", encoded: "Dataset"
+    name: str, task: "Task", processor: object, raw: "Dataset", encoded: "Dataset"
 ) -> SplitPart:
     """Return the statistics of a split."""
     from petl.data.tasks.encoding_cache import encode_once  # imports torch

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 from textwrap import fill
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -51,7 +50,7 @@ def duration(seconds: float) -> str:
     return "{} h {} min".format(*divmod(round(seconds / 60), 60))
 
 
-def score(name: str, value: Any) -> str:
+def score(name: str, value: float) -> str:
     """Format a score with its unit; a count without decimals."""
     if name in (*COUNTS, *NOTES):
         return f"{value:,.0f}"

@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessor, PretrainedConfig, RepetitionPenaltyLogitsProcessor
 from transformers.generation import (
     SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
@@ -173,7 +173,7 @@ class LlamaEngine(AnswerEngine):
         }
         ended = False
 
-        def take(chunk: Mapping[str, Any]) -> bool:
+        def take(chunk: Mapping[str, object]) -> bool:
             """Hand over the tokens of a chunk; True ends the answer."""
             nonlocal ended
             try:  # xllamacpp would lose what is raised here
@@ -255,7 +255,7 @@ def decoder_of(config: Any) -> Decoder:
     return DECODERS[kind]
 
 
-def _layer_types(config: Any) -> list[str]:
+def _layer_types(config: PretrainedConfig) -> list[str]:
     values = config.to_dict()
     # Mistral has one window for all layers
     window = ["sliding_attention"] if values.get("sliding_window") else []

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
 from pydantic import Field
@@ -36,6 +36,7 @@ from petl.generation.serving.wire import Strict, Text, Tokens
 # bounds of what one request may cost; assumptions
 MAX_TEXTS = 2048  # OpenAI's limit
 MAX_NUMBERS = 2**22  # of all vectors in a reply
+T = TypeVar("T")
 SCORING = ("retrieval", "reranking")  # tasks of the runs that are served here
 # how many is checked later: of a union, the message would be that of another type
 Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1)]
@@ -109,7 +110,7 @@ class ScoringEngine:
     def join(self, timeout: float) -> None:
         """Nothing: the server waits for its threads."""
 
-    async def compute(self, parts: Sequence[Callable[[], object]]) -> list[Any]:
+    async def compute(self, parts: Sequence[Callable[[], T]]) -> list[T]:
         """Return the results of all parts, between which other requests have theirs computed.
 
         Raises:
@@ -124,7 +125,7 @@ class ScoringEngine:
         finally:
             self.waiting -= 1
 
-    async def _one(self, part: Callable[[], object]) -> Any:
+    async def _one(self, part: Callable[[], T]) -> T:
         # a lock of asyncio is fair: a request of many parts does not hold up others
         async with self._turn:
             if self._closed:
@@ -242,12 +243,12 @@ class ScoringService:
 
     async def _answer(
         self,
-        work: Sequence[Callable[[], Any]],
-        reply: Callable[[list[Any]], Json],
+        work: Sequence[Callable[[], T]],
+        reply: Callable[[list[T]], Json],
         request: HttpRequest,
     ) -> Response:
         """The response with what `reply` makes of the results of `work`."""
-        results: list[object] = []
+        results: list[T] = []
 
         async def computed() -> None:
             results.extend(await self.engine.compute(work))

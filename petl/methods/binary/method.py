@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from petl.core.compat import BaseTunerLayer, adapter_weights
 from petl.core.layers.class_swap import swapped_class
-from petl.core.layers.layer import AdapterLayer
+from petl.core.layers.layer import Adapter, AdapterLayer
 from petl.core.method import (
     AdapterSet,
     Method,
@@ -68,6 +68,8 @@ UNLESS_PV = {
 }
 MOVED = "the codes change after each optimizer step (steps=pv), and {}"
 Training = TrainContext[Any, Any]
+Saved: TypeAlias = AdapterSet[BinaryConfig, Adapter]
+New: TypeAlias = NewAdapters[BinaryConfig, Adapter]
 
 
 @register
@@ -127,7 +129,7 @@ class Binary(Outer):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
         return super().settings(c)
 
-    def added(self, new: NewAdapters[Any, Any]) -> None:
+    def added(self, new: New) -> None:
         """Quantize the adapter's weights.
 
         Raises:
@@ -158,7 +160,7 @@ class Binary(Outer):
             for module in [a for _, a in layer.pick([new.name])] if is_own else [layer]:
                 swap_module(module, quantizer)
 
-    def removed(self, old: AdapterSet[Any, Any]) -> None:
+    def removed(self, old: Saved) -> None:
         """Forget the quantized weights of an adapter."""
         super().removed(old)
         quantizer: Quantizer = old.kept[QUANTIZER]
@@ -244,7 +246,7 @@ class Binary(Outer):
         if len(latent) < len(state):
             super().load_state(t, {k: v for k, v in state.items() if k not in latent})
 
-    def pack(self, saved: AdapterSet[Any, Any], tensors: Tensors) -> Tensors:
+    def pack(self, saved: Saved, tensors: Tensors) -> Tensors:
         """The inner method's tensors, with codes and statistics in place of quantized weights."""
         config, weights = saved.config, _quantized_weights(saved)
         beside = {name for keys, w in weights for key in keys for name in w.beside(key)}
@@ -271,7 +273,7 @@ class Binary(Outer):
                 entries[name + CODES], entries[name + STATS] = quantized.encode(gathered(weight))
         return entries | (stack(stacked) if stacked else {})
 
-    def unpack(self, saved: AdapterSet[Any, Any], tensors: Tensors) -> Tensors:
+    def unpack(self, saved: Saved, tensors: Tensors) -> Tensors:
         """Decode a file of any format into the inner method's tensors.
 
         Raises:
@@ -326,7 +328,7 @@ def quantizer_of(model: nn.Module) -> Quantizer | None:
     return getattr(model.base_model, "kept", {}).get(QUANTIZER)
 
 
-def _choose(new: NewAdapters[Any, Any], quantizer: Quantizer) -> list[QuantizedWeight]:
+def _choose(new: New, quantizer: Quantizer) -> list[QuantizedWeight]:
     """The weights to quantize: tensors of two or more dimensions that are not excluded."""
     config, weights = new.config, dict[str, QuantizedWeight]()
     kind = CodedWeight if config.steps == "pv" else QuantizedWeight
@@ -381,7 +383,7 @@ def _latent(t: Training) -> Iterator[tuple[str, QuantizedWeight]]:
                     yield keys[0], quantized
 
 
-def _quantized_weights(adapters: AdapterSet[Any, Any]) -> list[tuple[list[str], QuantizedWeight]]:
+def _quantized_weights(adapters: Saved) -> list[tuple[list[str], QuantizedWeight]]:
     """The quantized weights of an adapter, each with its names in the PeftModel.
 
     A weight that modules share has several.
@@ -395,7 +397,7 @@ def _quantized_weights(adapters: AdapterSet[Any, Any]) -> list[tuple[list[str], 
     return list(found.values())
 
 
-def _label(adapters: AdapterSet[Any, Any], keys: list[str], quantized: QuantizedWeight) -> str:
+def _label(adapters: Saved, keys: list[str], quantized: QuantizedWeight) -> str:
     """The name of a weight in a stacked file."""
     return min(adapters.name_in_file(quantized.unwrapped_key(key)) for key in keys)
 

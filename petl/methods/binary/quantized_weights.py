@@ -269,7 +269,7 @@ class QuantizedOwner(SwappedClass, nn.Module):
 def _computing(name: str) -> Callable[..., object]:
     """Wrap the method `name` of the next class so that it reads quantized weights."""
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: object, **kwargs: object) -> object:
         quantizer = self.__dict__["quantizer"]
         quantizer.depth += 1  # methods may call one another
         try:

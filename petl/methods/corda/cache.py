@@ -194,7 +194,7 @@ def hash_of_config(model: nn.Module) -> str | None:
     return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def update_hash(digest: Any, name: str, value: Any) -> None:
+def update_hash(digest: Any, name: str, value: object) -> None:
     """Update a hash with a name and a value."""
     if isinstance(value, Tensor):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())

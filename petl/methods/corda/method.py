@@ -17,6 +17,7 @@ from petl.core.experts.layout import experts_of
 from petl.core.experts.linears import paths_of_experts, stack_of
 from petl.core.experts.lora import FusedExperts
 from petl.core.experts.stacks import has_sides_swapped, saved_factors
+from petl.core.layers.layer import Adapter
 from petl.core.method import (
     AdapterSet,
     Method,
@@ -117,7 +118,7 @@ class Corda(Method[CordaConfig, Any]):
             )
         return {}
 
-    def added(self, new: NewAdapters[CordaConfig, Any]) -> None:
+    def added(self, new: NewAdapters[CordaConfig, Adapter]) -> None:
         """Split each weight into the initial update, which replaces PEFT's, and the residual."""
         initial, new.config.initial = new.config.initial, None  # configs are copied and saved
         # PEFT shortens names, and would take `down_proj` of the saved LoRA for that of experts
@@ -145,7 +146,7 @@ class Corda(Method[CordaConfig, Any]):
             log_split(sizes)
 
     @torch.no_grad()
-    def removed(self, old: AdapterSet[CordaConfig, Any]) -> None:
+    def removed(self, old: AdapterSet[CordaConfig, Adapter]) -> None:
         """Add the initial update, which `added` subtracted, to the base weights."""
         for layer, initial in old.kept.pop(old.name, {}).values():
             # a merged weight has the trained update, too
@@ -156,7 +157,7 @@ class Corda(Method[CordaConfig, Any]):
                     weight.copy_(float32_copy(weight) + update_of(weight, own))
 
     @torch.no_grad()
-    def heat_maps(self, t: TrainContext[CordaConfig, Any]) -> list[HeatMap]:
+    def heat_maps(self, t: TrainContext[CordaConfig, Adapter]) -> list[HeatMap]:
         """The spectrum of the decomposition, and the changes of the pretrained weights."""
         changes, spectra = {}, {}
         for name in t.names:
@@ -180,14 +181,14 @@ class Corda(Method[CordaConfig, Any]):
 
     # Files
 
-    def pack(self, saved: AdapterSet[CordaConfig, Any], tensors: Tensors) -> Tensors:
+    def pack(self, saved: AdapterSet[CordaConfig, Adapter], tensors: Tensors) -> Tensors:
         """A' = [A; A0] and B' = [B, -B0]: the LoRA of twice the rank on the original weights."""
         for key, experts, initial in halves(saved, f".{saved.name}"):
             both = [by_expert(tensors[key], experts), initial.to(tensors[key])]
             tensors[key] = joined(torch.cat(both, 1), experts)
         return tensors
 
-    def unpack(self, saved: AdapterSet[CordaConfig, Any], tensors: Tensors) -> Tensors:
+    def unpack(self, saved: AdapterSet[CordaConfig, Adapter], tensors: Tensors) -> Tensors:
         """The trained half of the tensors that `pack` concatenated.
 
         Raises:
@@ -336,7 +337,7 @@ def log_split(sizes: dict[str, Tensor]) -> None:
 
 
 def halves(
-    saved: AdapterSet[CordaConfig, Any], name: str = ""
+    saved: AdapterSet[CordaConfig, Adapter], name: str = ""
 ) -> Iterator[tuple[str, int, Tensor]]:
     """Yield for each tensor its key, a number of experts, and its second half in a file.
 

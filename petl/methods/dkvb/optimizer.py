@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer
+from torch.optim.optimizer import ParamsT
 
 from petl.core.types import Group
 from petl.errors import InputError
@@ -32,7 +33,7 @@ class SparseAdam(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = ADAM_LR,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -193,19 +193,20 @@ class GatedAdapter(SubLayerAdapter):
         return self.gate != "small"
 
     @property
-    def form(self) -> tuple[Any, ...]:
+    def form(self) -> tuple[object, ...]:
         return (*super().form, self.gate, self.is_value, self.config.identity_gate)
 
 
 G = TypeVar("G", bound=GatedAdapter)
+GC = TypeVar("GC", bound=GatedConfig)
 
 
-def values(c: WrapContext[Any]) -> list[str]:
+def values(c: WrapContext[GC]) -> list[str]:
     """Return the paths of the value projections that get an adapter parallel to them."""
     return value_projections(c.model) if VALUE in c.config.locations else []
 
 
-def gated_targets(c: WrapContext[Any]) -> list[Target]:
+def gated_targets(c: WrapContext[GC]) -> list[Target]:
     """Return the targets of the locations; a gate may read the residual stream."""
     of_values = values(c)
     places = [*sublayer_places(c), *((VALUE, path) for path in of_values)]

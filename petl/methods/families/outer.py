@@ -16,7 +16,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from petl.core.compat import LoraModel
-from petl.core.method import Method
+from petl.core.method import A, C, Method
 from petl.core.register import make_tuner
 from petl.core.registry import METHODS, method
 from petl.core.spec.config import check_values, require_effect
@@ -70,7 +70,7 @@ class OuterConfig(PeftConfig):
         if not is_saved:
             require_effect(self, self.method)
 
-    def __reduce_ex__(self, protocol: object) -> Any:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         # the generated class cannot be imported by name
         return _config_without_state, (self.method, self.inner), self.__getstate__()
 
@@ -117,7 +117,7 @@ class Outer(Method[Any, Any]):
             )
         return _variant(METHODS[self.name], entry, inner)
 
-    def facts_over(self, inner: Method[Any, Any]) -> Fields:
+    def facts_over(self, inner: Method[C, A]) -> Fields:
         """Return facts that differ from this inner method's; of `lacks` the rows that do."""
         raise NotImplementedError(f"{self.name} over {inner.name}")
 
@@ -160,8 +160,8 @@ def _variant(outer: Any, entry: Method[Any, Any], inner: str | None) -> Method[A
 
 
 def _config_over(
-    outer: type[Any], name: str, config_cls: type[Any], defaults: Mapping[str, object]
-) -> type[Any]:
+    outer: type[PeftConfig], name: str, config_cls: type[PeftConfig], defaults: Mapping[str, object]
+) -> type[PeftConfig]:
     """Generate the subclass `<outer>_<name>` of the outer and of the inner method's config.
 
     Args:

@@ -14,7 +14,7 @@ output of a whole block, after its last norm and residual sum, and x is the bloc
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 
 from petl.core.layers.grouped import GroupedNetworks, InputHook
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
-from petl.core.method import Target, TrainContext, WrapContext, linear_target
+from petl.core.method import C, Target, TrainContext, WrapContext, linear_target
 from petl.core.model.calls import calls_of
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.names import LANGUAGE, candidate_names, in_layers, language_path, names_of
@@ -96,7 +96,7 @@ class SubLayerConfig(MethodConfig):
     def check(self) -> None:
         locations = self.locations  # one name from a command line, a tuple from code
         self.locations = [locations] if isinstance(locations, str) else list(locations)
-        allowed = ", ".join(rule_of(self.__dataclass_fields__["locations"]).options)
+        allowed = ", ".join(map(str, rule_of(self.__dataclass_fields__["locations"]).options))
         require(bool(self.locations), f"locations=[] is empty; name some of {allowed}")
         self._check_width()
         check_activation(self.non_linearity)
@@ -156,6 +156,7 @@ def check_activation(name: str) -> None:
 
 
 S = TypeVar("S", bound="SubLayerAdapter")
+SC = TypeVar("SC", bound=SubLayerConfig)
 
 
 class SubLayerAdapter(Adapter):
@@ -225,13 +226,13 @@ class SubLayerAdapter(Adapter):
         return False
 
     @property
-    def form(self) -> tuple[Any, ...]:
+    def form(self) -> tuple[object, ...]:
         """The settings that affect the computation but not the shapes of the tensors."""
         config = self.config
         return self.placement, self.adds_input, config.non_linearity, config.scaling
 
     @classmethod
-    def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
+    def batched(cls, adapters: Sequence[Self], dtype: torch.dtype) -> BatchedAdapter | None:
         """Return one network with the stacked tensors of all, if they have equal settings."""
         alike = all(adapter.stacks and adapter.form == adapters[0].form for adapter in adapters)
         return stacked(adapters, None if cls.keep_float32 else dtype) if alike else None
@@ -239,7 +240,7 @@ class SubLayerAdapter(Adapter):
     @classmethod
     def grouped(
         cls,
-        adapters: Sequence[Any],
+        adapters: Sequence[Self],
         base_layer: nn.Module,
         generators: Sequence[torch.Generator | None],
         captured: InputHook | None,
@@ -256,7 +257,7 @@ class SubLayerAdapter(Adapter):
 
 
 def sublayer_targets(
-    c: WrapContext[Any],
+    c: WrapContext[SC],
     places: Sequence[tuple[str, str]],
     stream: Callable[[str], str] | None = None,
 ) -> list[Target]:
@@ -304,7 +305,7 @@ NO_NETWORKS = (
 )
 
 
-def sublayer_places(c: WrapContext[Any]) -> list[tuple[str, str]]:
+def sublayer_places(c: WrapContext[SC]) -> list[tuple[str, str]]:
     """Return location and path of the sub-layers of a model, and of its blocks if they are one."""
     found = [(sub.kind, sub.closing) for sub in find_sublayers(c.model)]
     found += [(BLOCK, path) for path in block_widths(c.model) if BLOCK in c.config.locations]
@@ -339,7 +340,7 @@ def targets_with_streams(c: WrapContext[Any], stream: Callable[[str], str]) -> l
 
 
 @torch.no_grad()
-def network_sizes(t: TrainContext[Any, S]) -> list[HeatMap]:
+def network_sizes(t: TrainContext[C, S]) -> list[HeatMap]:
     """Return a map of the size of each network: no weight of the model changes."""
     norms = {}
     for key, adapter in t.adapters:
@@ -383,7 +384,7 @@ def add_saved(config: MethodConfig, names: Sequence[str]) -> None:
     config.modules_to_save = [*saved, *(name for name in names if name not in saved)]
 
 
-def _source(c: WrapContext[Any], target: Target, sub: SubLayer | None, stream: str) -> str:
+def _source(c: WrapContext[SC], target: Target, sub: SubLayer | None, stream: str) -> str:
     """Return the module whose input is that of the adapter on a target; "": its own."""
     path, width = target.path, target.shape.out_features
     source = _named_source(c.config, path, sub, stream)

@@ -128,7 +128,7 @@ def last_states(
     known = signature(backbone.forward).parameters
     states: list[Tensor] = []
 
-    def keep(block: nn.Module, args: Any, output: Any) -> None:
+    def keep(block: nn.Module, args: object, output: Any) -> None:
         state = output[0] if isinstance(output, tuple) else output
         rows = torch.arange(len(state), device=state.device)
         states.append(state[rows, last.to(state.device)].float().cpu())

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,7 @@ class IncreloraAdapter(Adapter):
 
     @classmethod
     def grouped(
-        cls, adapters: Sequence[Any], base_layer: nn.Module, generators: Any, captured: object
+        cls, adapters: Sequence[Self], base_layer: nn.Module, generators: Any, captured: object
     ) -> nn.Module:
         """The layer that trains several adapters in one pass, with the scores of each."""
         return GroupedIncrelora(base_layer, generators, adapters)

@@ -262,7 +262,7 @@ class Distillation:
             )
         self._run_teacher(args, kwargs)
 
-    def _run_teacher(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _run_teacher(self, args: Any, kwargs: Mapping[str, object]) -> None:
         if kwargs.get("past_key_values") is not None:
             raise UnsupportedError(
                 "distill runs the model twice on each batch, which would extend past_key_values "
@@ -301,7 +301,7 @@ class Distillation:
     # The student
 
     @torch.compiler.disable
-    def _compare(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
+    def _compare(self, index: int, module: nn.Module, args: object, output: Any) -> object:
         """Forward hook of a block: keep the teacher's output, add the gradient to the student's."""
         y = output[0] if isinstance(output, tuple) else output
         if self.is_teaching:
@@ -338,7 +338,7 @@ class Distillation:
     @torch.compiler.disable
     def _end(
         self, model: nn.Module, args: object, kwargs: Mapping[str, object], output: object
-    ) -> Any:
+    ) -> object:
         """Forward hook of the base model: compare the logits, add the value to the loss."""
         context, config = self.context, self.config
         is_on = bool(self.calls) or self.teacher_logits is not None

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -266,7 +266,7 @@ class MolaAdapter(Adapter):
         return balance(y)
 
     @classmethod
-    def batched(cls, adapters: Sequence[Any], dtype: torch.dtype) -> BatchedAdapter | None:
+    def batched(cls, adapters: Sequence[Self], dtype: torch.dtype) -> BatchedAdapter | None:
         """The adapters' experts and routers, stacked; None if they differ in form.
 
         Ranks that differ are padded with zeros to the largest, unless more than half would be
@@ -285,7 +285,7 @@ class MolaAdapter(Adapter):
 
     @classmethod
     def grouped(
-        cls, adapters: Sequence[Any], base_layer: nn.Module, generators: Any, captured: Any
+        cls, adapters: Sequence[Self], base_layer: nn.Module, generators: Any, captured: Any
     ) -> nn.Module:
         """The layer that trains several adapters in one pass: together if their forms are equal."""
         if len({(a.num_experts, a.rank, a.config.top_k) for a in adapters}) == 1:

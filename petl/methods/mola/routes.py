@@ -32,7 +32,7 @@ PRESENT = "router states of tokens"  # key in `ForwardContext.state`
 ROUTER = "router"  # in place of a module's path, where losses and metrics are recorded by path
 
 
-def refuse_unroutable(model: Any, keys: Iterable[str]) -> None:
+def refuse_unroutable(model: nn.Module, keys: Iterable[str]) -> None:
     """Raise UnsupportedError if a pre-gated router cannot route for these modules of a model."""
     what = f"router_type='pregated' cannot route for {type(model).__name__}"
     if is_encoder_decoder(model):
@@ -204,7 +204,7 @@ class Routes:
                 routers[name] = info.shared
         return routers
 
-    def begin(self, model: nn.Module, args: Any, kwargs: Arguments) -> Any:
+    def begin(self, model: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Any:
         """Forward pre-hook, after `ForwardContext.begin`: compute the gates of all layers."""
         self._stop_joining()  # of an aborted pass
         routers = self.running()
@@ -280,7 +280,7 @@ class Routes:
 
     # Reentrant checkpointing
 
-    def _join(self, model: Any, args: Any, kwargs: Arguments, join: Any) -> Any:
+    def _join(self, model: Any, args: object, kwargs: Arguments, join: Any) -> Any:
         """Apply `join` to the model's embedded tokens in this pass; return its inputs."""
         if kwargs.get("inputs_embeds") is not None:
             return args, {**kwargs, "inputs_embeds": join(kwargs["inputs_embeds"])}

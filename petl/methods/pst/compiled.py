@@ -62,7 +62,7 @@ def _keep(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(x, weight, output[1], *factors)
 
 
-def _backward(ctx: Ctx, grad: Tensor, _: object) -> tuple[Any, ...]:
+def _backward(ctx: Ctx, grad: Tensor, _: object) -> tuple[object, ...]:
     x, weight, packed, *factors = ctx.saved_tensors
     to_x, *to_factors = _compiled_backward(grad, x, weight, packed, factors, ctx.number)
     return to_x, None, None, to_factors, None

@@ -18,8 +18,8 @@ from petl.core.layers.block import (
     refuse_own_forward,
 )
 from petl.core.layers.class_swap import AdapterDict, restore_class, swap_class
-from petl.core.layers.layer import LayerInfo, LayerShape
-from petl.core.method import Method, NewAdapters, Settings, Target, TrainContext, WrapContext
+from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.method import A, C, Method, NewAdapters, Settings, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.register import register
 from petl.core.spec.config import MethodConfig, require
@@ -103,14 +103,14 @@ class Pyra(Outer):
     needs_tuner = "its blocks pass the sizes of merged tokens on through it"
     refused, purpose, alone = UNSUPPORTED_INNER, "trained beside pyra", ALONE
 
-    def facts_over(self, inner: Method[Any, Any]) -> Fields:
+    def facts_over(self, inner: Method[C, A]) -> Fields:
         """Return the facts that differ from this inner method's."""
         own = {"need": self.need, "recommended": self.recommended} if inner is ALONE else {}
         return {**own, "lacks": Pyra.lacks}
 
     # Adding an adapter
 
-    def settings(self, c: WrapContext[Any]) -> Mapping[str, Settings]:
+    def settings(self, c: WrapContext[PyraConfig]) -> Mapping[str, Settings]:
         """Return those of the inner method.
 
         Raises:
@@ -124,7 +124,7 @@ class Pyra(Outer):
         c.config.num_tokens = plan.tokens[0]
         return super().settings(c)
 
-    def added(self, new: NewAdapters[Any, Any]) -> None:
+    def added(self, new: NewAdapters[PyraConfig, Adapter]) -> None:
         """Add the adapters of blocks beside those of the inner method.
 
         Raises:
@@ -201,7 +201,7 @@ def merged_sizes(model: nn.Module) -> Tensor | None:
     return tuner.context.passed_on.get((hosts[-1], name))
 
 
-def _add_to_blocks(new: NewAdapters[Any, Any], hosts: Mapping[str, dict[str, Any]]) -> None:
+def _add_to_blocks(new: NewAdapters[PyraConfig, Adapter], hosts: Mapping[str, Settings]) -> None:
     config, inference = new.config, new.config.inference_mode
     # the inner method's are there already if values are assigned later
     weights = adapter_weights(new.tuner, new.name).values()

@@ -1,11 +1,12 @@
 """The SM3 optimizer for sparse adapters; its accumulators also score candidates for growth."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from petl.core.types import Record
 from petl.errors import InputError
@@ -40,7 +41,7 @@ class SparseSM3(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         model: nn.Module,
         lr: float = 1e-3,
         weight_decay: float = 0.0,

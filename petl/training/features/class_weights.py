@@ -91,7 +91,7 @@ class ClassWeights(RunFeature):
         )
 
 
-def given_weights(given: Any, classes: list[str]) -> list[float]:
+def given_weights(given: Mapping[str, float], classes: list[str]) -> list[float]:
     """Return the weights of a mapping by class, 1 for others.
 
     Raises:

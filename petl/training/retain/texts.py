@@ -58,7 +58,7 @@ def texts_of(value: object, setting: str, max_length: int) -> list[str]:
     return read_texts(value, setting)
 
 
-def _of_data(settings: Mapping[str, Any], setting: str, length: int) -> list[str]:
+def _of_data(settings: Mapping[str, object], setting: str, length: int) -> list[str]:
     data = read_data(settings)
     rows = as_dataset(data, MOST)
     if COLUMN not in rows.column_names:

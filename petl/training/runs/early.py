@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def look_up_columns(run: str, names: Sequence[str], words: Sequence[str], *, lab
     source.check_columns(columns)
 
 
-def with_name(setting: str, value: object, find: Any) -> None:
+def with_name(setting: str, value: object, find: Callable[[str], object]) -> None:
     """Find a folder that a setting names.
 
     Raises:

@@ -45,7 +45,7 @@ def generators_kept() -> Generator[None]:
         np.random.set_state(numpy_state)
 
 
-def rows_of(batch: Any) -> list[Row]:
+def rows_of(batch: object) -> list[Row]:
     """Return the rows of a batch, or of one row; of anything but encoded text, none."""
     if not isinstance(batch, Mapping) or not len(batch.get("input_ids", ())):
         return []

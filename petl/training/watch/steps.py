@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import BaseTunerLayer
 from petl.core.parameters import trainable
@@ -87,11 +88,11 @@ class Steps:
         self.sums = checksums(dict(trainable(model)))
         self.unchanged: set[str] | None = None  # tensors that no step has changed
         self.is_first, self.is_over = True, False
-        self.of_layers: list[object] = [
+        self.of_layers: list[RemovableHandle] = [
             layer.register_forward_pre_hook(self._caller(name))
             for name, layer in self.layers.items()
         ]
-        self.of_model: list[object] = []
+        self.of_model: list[RemovableHandle] = []
         if self.looks:
             self.of_model.append(model.register_forward_hook(self._after_forward, with_kwargs=True))
         watch_steps(model, self._after_step)
@@ -111,7 +112,7 @@ class Steps:
 
         return note
 
-    def _after_forward(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after_forward(self, model: nn.Module, args: object, kwargs: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             # a pass without labels may sample
             scores = self.evaluates and kwargs.get("labels") is not None
@@ -230,7 +231,7 @@ class Steps:
         self.unchanged = set()
 
 
-def _remove(handles: list[Any]) -> None:
+def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
 

@@ -83,7 +83,7 @@ class Watch(TrainerCallback, ExportableState):
         self.findings, self.rows = Findings(on, ignore), rows
         self.trainer: Trainer | None = None
         self.steps: Steps | None = None
-        self._optimizer: Any = None
+        self._optimizer: Optimizer | None = None
         self._resumed: dict[str, Any] = {}  # what the checkpoint says of itself
         self._train_rows = ""  # digest of the rows that were looked at
         self._is_logged = self._has_evaluated = False
@@ -110,8 +110,8 @@ class Watch(TrainerCallback, ExportableState):
         model: nn.Module,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        train: Any = None,
-        test: Any = None,
+        train: object = None,
+        test: object = None,
         optimizer: Optimizer | None = None,
         args: TrainingArguments | None = None,
     ) -> list[Row]:
@@ -169,7 +169,7 @@ class Watch(TrainerCallback, ExportableState):
 
     # Trainer
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """The entry of this callback in `trainer_state.json`: what a resumed run must continue."""
         findings, saved = self.findings, {}
         if self._optimizer is not None:
@@ -266,7 +266,7 @@ class Watch(TrainerCallback, ExportableState):
         self.close()
 
     def _inspect_resumed(
-        self, args: TrainingArguments, state: TrainerState, optimizer: Any, scheduler: Any
+        self, args: TrainingArguments, state: TrainerState, optimizer: Any, scheduler: object
     ) -> None:
         """Check that learning rate, optimizer and rows of a resumed run continue."""
         findings, step, saved = self.findings, state.global_step, self._resumed

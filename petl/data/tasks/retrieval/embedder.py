@@ -97,7 +97,7 @@ class Embedder(SwappedClass):
 
     petl_task: Settings
 
-    def forward(self, *args: Any, **inputs: Any) -> Embedded:
+    def forward(self, *args: object, **inputs: Any) -> Embedded:
         """Return vectors [N, D], and the loss if there are `places`, see `batch_of`."""
         names = self.petl_task.label_columns
         batch = {name: inputs.pop(name) for name in names if name in inputs}
@@ -112,12 +112,12 @@ class Embedder(SwappedClass):
         trains = places is not None and (places.shape[1] > 1 or "scores" in batch)
         return Embedded(loss_of(task, vectors, batch) if trains else None, states, vectors)
 
-    def embedded(self, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    def embedded(self, *args: object, **inputs: Any) -> tuple[Tensor, Tensor]:
         """The states of tokens, [N, T, D], and the vectors of texts, [N, D]."""
         states = self.states_of(*args, **inputs)
         return states, self.vectors_of(states, inputs.get("attention_mask"))
 
-    def states_of(self, *args: Any, **inputs: Any) -> Tensor:
+    def states_of(self, *args: object, **inputs: object) -> Tensor:
         """The states of tokens by the base model's own forward pass, [N, T, D]."""
         return cast("Any", super()).forward(*args, **inputs).last_hidden_state
 

@@ -209,7 +209,7 @@ class ActivationDensity:
 
     def _end(
         self, model: nn.Module, args: object, kwargs: Mapping[str, object], output: object
-    ) -> Any:
+    ) -> object:
         """Forward hook of the base model: add the term's value to the output's loss."""
         if self.context.recording:
             if not self.tally.sums:
@@ -272,7 +272,7 @@ class ActivationDensity:
         self.metrics["density"], self.fractions = found["density"], fractions
         return found
 
-    def _run(self, batch: Mapping[str, object]) -> Any:
+    def _run(self, batch: Mapping[str, object]) -> object:
         return self.model(**batch)
 
     def _separate_stacks(self) -> list[str]:
