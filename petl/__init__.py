@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from petl.data.models.new_tokens import add_tokens
     from petl.efficiency import drafting as drafting
     from petl.efficiency.drafting.folder import load_drafter
-    from petl.efficiency.frozen.cache import cache_frozen
+    from petl.efficiency.frozen.rewrite import cache_frozen
     from petl.efficiency.fused_lora.switching import fuse_lora
     from petl.efficiency.recompute import recompute_mlp
     from petl.efficiency.segment_loss import segment_loss
@@ -147,7 +147,7 @@ _NAMES = {
     "petl.adapters.shrink.folder": ("load_shrunk",),
     "petl.adapters.shrink.model": ("Shrunk", "shrink"),
     "petl.data.models.new_tokens": ("add_tokens",),
-    "petl.efficiency.frozen.cache": ("cache_frozen",),
+    "petl.efficiency.frozen.rewrite": ("cache_frozen",),
     "petl.training.integrations.trainer_callback": ("Callback",),
     "petl.core.layers.layer": ("Adapter", "AdapterLayer", "Factors", "LayerShape", "LayerInfo"),
     "petl.core.lifecycle": ("Lifecycle", "lifecycle"),

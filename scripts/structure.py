@@ -387,7 +387,7 @@ def figures(*, run: bool) -> list[Figure]:
         assert count is not None, quickstart.stdout
         found += [
             Figure("files in three steps of the quickstart", int(count[1]), 120),
-            Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 183),
+            Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 170),
             Figure("files in a training pass of a MoLA layer", len(forward_files("mola")), 5),
             Figure("files in a training pass of a fused LoRA", len(forward_files("lora")), 3),
         ]

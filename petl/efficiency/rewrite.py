@@ -28,7 +28,7 @@ REWRITES = {
     "skip_unread": "petl.efficiency.skip_unread.read_positions:SkipUnread",
     "fast_dropout": "petl.efficiency.fast_dropout:FastDropout",
     "cast_once": "petl.efficiency.cast_once:CastOnce",
-    "cache_frozen": "petl.efficiency.frozen.cache:StoreFrozen",
+    "cache_frozen": "petl.efficiency.frozen.rewrite:StoreFrozen",
 }
 Value = bool | int | str | None  # of a setting
 AUTO = "auto"  # the value of a setting that asks for a rewrite where it changes nothing but speed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import AdapterDict, original_class
-from petl.efficiency.frozen.fill import OTHER
+from petl.efficiency.frozen.prefix import OTHER
 from petl.system.files.disk import is_as_noted, note_digest, write_atomic
 from petl.system.files.paths import cache_folder
 

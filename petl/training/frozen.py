@@ -2,16 +2,20 @@
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
-from petl.efficiency.frozen.cache import PAYS, CacheRequest, FrozenCache, StoreFrozen, cache_frozen
-from petl.efficiency.frozen.store import check_space
+from petl.efficiency.frozen.prefix import PAYS
+from petl.efficiency.frozen.rewrite import StoreFrozen, cache_frozen
 from petl.errors import InputError
 from petl.system.collectives import made_by
 from petl.training.dataloader import Splits, batched
 from petl.training.features import Context, RunFeature
 from petl.training.runs.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from petl.efficiency.frozen.cache import CacheRequest, FrozenCache
 
 FEW = 0.1  # fraction of the passes that may run all blocks without a warning (assumption)
 logger = logging.getLogger(__name__)
@@ -24,7 +28,7 @@ class FrozenStore(RunFeature):
     once; the log says why not otherwise. Of the processes on a machine, one computes.
     """
 
-    cache: FrozenCache | None = None
+    cache: "FrozenCache | None" = None
 
     def before_training(self, context: Context) -> None:
         """Open the stores of the run.
@@ -73,7 +77,7 @@ def nothing_frozen(context: Context) -> str:
     return StoreFrozen().refusal(context.model)
 
 
-def _cache(context: Context) -> FrozenCache:
+def _cache(context: Context) -> "FrozenCache":
     model, splits, settings = context.model, context.splits, context.settings
     if not isinstance(splits.train, Dataset):
         raise InputError("the training examples are a stream (data.streaming=true)")
@@ -96,7 +100,7 @@ def _cache(context: Context) -> FrozenCache:
     return cache
 
 
-def find(cache: FrozenCache, splits: Splits, settings: TrainConfig) -> list[CacheRequest]:
+def find(cache: "FrozenCache", splits: Splits, settings: TrainConfig) -> list["CacheRequest"]:
     """Return the stores of a run: of its train, validation and test rows."""
     return [
         cache.find(part.select_columns(batched(part)), splits.collate)
@@ -104,12 +108,14 @@ def find(cache: FrozenCache, splits: Splits, settings: TrainConfig) -> list[Cach
     ]
 
 
-def why_not(wanted: list[CacheRequest], splits: Splits, settings: TrainConfig) -> str:
+def why_not(wanted: list["CacheRequest"], splits: Splits, settings: TrainConfig) -> str:
     """Return why stores that could be made are not; "" if they are."""
     missing = sum(each.bytes for each in wanted if not each.is_there)
     passes = splits.passes(settings)
     if missing and passes < PAYS and settings.cache_frozen == "auto":
         return f"the run reads its examples {passes:.2g} times, and computing them costs as much"
+    from petl.efficiency.frozen.store import check_space  # as in `_cache`
+
     try:
         check_space(wanted[0].folder, missing)
     except InputError as error:
@@ -117,7 +123,7 @@ def why_not(wanted: list[CacheRequest], splits: Splits, settings: TrainConfig) -
     return ""
 
 
-def _say(cache: FrozenCache, wanted: list[CacheRequest]) -> None:
+def _say(cache: "FrozenCache", wanted: list["CacheRequest"]) -> None:
     k, size = cache.k, sum(each.bytes for each in wanted) / 1e6
     rows = sum(len(each.contents.keys) for each in wanted)
     logger.info(

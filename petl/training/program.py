@@ -41,7 +41,6 @@ from petl.system.settings.command_line import (
     search_users_dirs,
 )
 from petl.system.settings.run_file import hydra_words
-from petl.training.compose import explain, is_of_hydra
 
 Options = TypeVar("Options")  # of a command
 BAD_INPUT = 2  # exit status, the same as argparse's
@@ -112,6 +111,8 @@ def _reported(function: Callable[[], object]) -> int:
             reason = " ".join(str(error).split("\n")[:2])
             report(f"a job of the sweep ended without a result: {reason}")
             return 1
+        from petl.training.compose import is_of_hydra  # where a command fails
+
         if not is_of_hydra(error) and not (isinstance(error, OSError) and error.errno in DISK):
             raise
         return report_error(error)
@@ -153,6 +154,8 @@ def report_error(error: Exception) -> int:
     if isinstance(error, RunStopped):
         report(str(error))
         return error.status
+    from petl.training.compose import explain, is_of_hydra  # as above
+
     print_error(explain(error) if is_of_hydra(error) else error)
     return BAD_INPUT
 

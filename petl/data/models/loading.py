@@ -26,7 +26,6 @@ from transformers.utils import logging as transformers_logging
 
 from petl.core.parameters import max_positions, within_memory
 from petl.core.types import Fields
-from petl.data.models.quantization import keep_gradients, quantization_config
 from petl.data.models.sources import (
     Folder,
     HubModel,
@@ -332,6 +331,8 @@ def pretrained_model(
     if isinstance(source, HubModel):  # now: a branch may move while the run trains
         model.petl_commit = source.on_hub().revision
     if getattr(model, "hf_quantizer", None) is not None:
+        from petl.data.models.quantization import keep_gradients  # of quantized models
+
         keep_gradients(model)
     return model
 
@@ -373,6 +374,8 @@ def quantization_settings(
     settings: Fields,
 ) -> dict[str, object]:
     """Arguments with which `from_pretrained` quantizes all linear layers except those of heads."""
+    from petl.data.models.quantization import quantization_config  # as in `load_base`
+
     # names of modules do not depend on weights
     dense = dense_modules(meta_model(task, config, source, settings), task)
     device = torch.accelerator.current_accelerator(check_available=True)

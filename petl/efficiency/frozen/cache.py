@@ -1,4 +1,4 @@
-"""`petl.cache_frozen`: the output of a model's frozen blocks, computed once for each row."""
+"""The output of a model's frozen blocks, computed once for each row: what is attached to it."""
 
 import logging
 from collections.abc import Sequence
@@ -9,11 +9,9 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from petl.core.parameters import check_module
-from petl.core.support import Capability
-from petl.efficiency.frozen.feed import FrozenFeed, autocast_of, feed_of
+from petl.efficiency.frozen.feed import FrozenFeed, autocast_of
 from petl.efficiency.frozen.fill import Collate, Contents, Prober, ingredients
-from petl.efficiency.frozen.prefix import FrozenPrefix, find_prefix
+from petl.efficiency.frozen.prefix import FrozenPrefix
 from petl.efficiency.frozen.store import (
     CONTENT,
     OutputSpec,
@@ -25,66 +23,11 @@ from petl.efficiency.frozen.store import (
     size_of,
     write,
 )
-from petl.efficiency.rewrite import AUTO, Rewrite, Value
-from petl.errors import InputError, UnsupportedError
-from petl.system.files.paths import cache_folder, path_of
+from petl.errors import InputError
+from petl.system.files.paths import cache_folder
 
 FOLDER = "frozen"  # of stores, in the cache folder of petl
-PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
 logger = logging.getLogger(__name__)
-
-
-class StoreFrozen(Rewrite):
-    """`cache_frozen` as a rewrite: passes compute all blocks until its `FrozenCache` is filled.
-
-    With True as value, dropout below the first trained block is left out.
-    """
-
-    capability = Capability.STORE
-    # of a sharded model, which hooks gather, no process has the weights
-    lacks = {
-        Capability.FSDP: "it is sharded over processes, and no process has its weights",
-        Capability.EXTRA_LOSS: "an extra loss may read every block",
-    }
-    saves = "the output of frozen blocks is computed once"
-    value = AUTO
-    needs_rows = True
-
-    def refusal(self, model: nn.Module, value: Value = AUTO) -> str:
-        """Return why the output of frozen blocks cannot be kept, whatever the rows."""
-        try:
-            prefix_of(model)
-        except UnsupportedError as error:
-            return str(error)
-        return ""
-
-    def change(self, model: nn.Module, value: Value = AUTO) -> int:
-        """Attach a `FrozenCache` in petl's cache; return the number of frozen blocks."""
-        return cache_frozen(model, without_dropout=value is True).k
-
-    def undo(self, model: nn.Module) -> None:
-        """Detach it."""
-        feed = feed_of(model)
-        if feed is not None:
-            feed.close()
-
-
-def prefix_of(model: nn.Module) -> FrozenPrefix:
-    """Return the frozen blocks of a model, one or more.
-
-    Raises:
-        UnsupportedError: there are none, or a store of them is attached; or as `find_prefix`.
-    """
-    reason = Rewrite.refusal(StoreFrozen(), model)
-    if reason:
-        raise UnsupportedError(reason)
-    prefix = find_prefix(model)
-    if not prefix.k:
-        raise UnsupportedError(f"no block is frozen below all others: {prefix.reason}")
-    if feed_of(model) is not None:
-        kind = type(prefix.base).__name__
-        raise UnsupportedError(f"blocks of {kind} are cached already: close that cache first")
-    return prefix
 
 
 class FrozenCache:
@@ -96,11 +39,13 @@ class FrozenCache:
         left_out: dropout modules below block k, which a stored row does not get.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, *, without_dropout: bool) -> None:
+    def __init__(
+        self, model: nn.Module, prefix: FrozenPrefix, folder: Path, *, without_dropout: bool
+    ) -> None:
         self.model, self.folder, self.without_dropout = model, folder, without_dropout
-        self.prefix = prefix_of(model)
+        self.prefix = prefix
         self.left_out: list[str] = []
-        # from here on the model is changed: what may refuse stands above
+        # from here on the model is changed
         self._feed = FrozenFeed(model, self.prefix)
         self._prober = Prober(model, self._feed)
         self._known = ""  # digest of the prefix, and the precision in which it was read
@@ -255,6 +200,7 @@ class CacheRequest:
 
 def missing_rows(
     model: nn.Module,
+    prefix: FrozenPrefix,
     parts: Sequence[Sequence[object]],
     collate: Collate,
     *,
@@ -266,11 +212,11 @@ def missing_rows(
     The values of weights are not compared: those of `model` are not read, and may be absent.
 
     Args:
-        model: on any device; its frozen blocks are as `prefix_of` finds them.
+        model: on any device.
+        prefix: its frozen blocks.
         precision: dtype of autocast; "": none.
         device: of the run.
     """
-    prefix = prefix_of(model)
     there = present(cache_folder() / FOLDER, name_of(*ingredients(prefix, precision, device)))
     if not there:  # as ever: rows need not be read
         return [True] * len(parts)
@@ -280,55 +226,3 @@ def missing_rows(
         return [Contents(prober, rows, collate).digest not in there for rows in parts]
     finally:
         feed.close()
-
-
-def cache_frozen(
-    model: nn.Module, folder: str | Path | None = None, *, without_dropout: bool = False
-) -> FrozenCache:
-    """Keep the output of the frozen blocks below the first trained one, and read it in all passes.
-
-    Where nothing trains below block k, blocks 0 to k-1 are a fixed function of a row:
-
-    >>> cache = petl.cache_frozen(model, "frozen")  # after petl.wrap
-    >>> cache.fill(train_rows, collate)  # computes these rows, or finds them in the folder
-    >>> ...  # train in any loop, or by Trainer
-    >>> cache.close()
-
-    A pass uses stored states if all its rows are there. Other passes run as they would without:
-    those with new rows, with a key-value cache (generation) or with hidden states or attentions as
-    outputs. Results equal those without a store up to rounding, since the kernels of a product
-    depend on the size of a batch; runs that read one store are equal to the digit.
-
-    A model may be compiled after that, without fullgraph: the look-up of a batch's rows is outside
-    of the graphs, of which a pass from the store has only those above the frozen blocks.
-
-    Args:
-        model: with adapters in its upper blocks, or none; on its device.
-        folder: of stores, each named by weights, config, k, precision and rows; null: the folder
-            "frozen" of petl's cache ($PETL_CACHE).
-        without_dropout: allow dropout below block k, which stored rows do not get.
-
-    Raises:
-        UnsupportedError: no block is frozen below the first trained one, or the model has no
-            single list of blocks, is quantized or sharded.
-        InputError: `folder` is no folder, nor a path where one could be made.
-    """
-    check_module(model, "petl.cache_frozen")
-    where = cache_folder() / FOLDER if folder is None else folder_of(folder)
-    return FrozenCache(model, where, without_dropout=without_dropout)
-
-
-def folder_of(folder: object) -> Path:
-    """Return the path of a folder of stores, which need not be there yet."""
-    if not isinstance(folder, str | Path):
-        raise InputError(
-            f"folder={folder!r} of petl.cache_frozen is not a path: give the folder of the stores"
-        )
-    path = path_of("folder", str(folder))
-    file = next((each for each in (path, *path.parents) if each.exists()), path)
-    if file.exists() and not file.is_dir():
-        raise InputError(
-            f"folder={folder} of petl.cache_frozen: {file} is a file, so no store can be below it; "
-            "give a folder, which need not be there yet"
-        )
-    return path

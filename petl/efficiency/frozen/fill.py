@@ -21,6 +21,7 @@ from petl.core.model.modes import evaluation_mode
 from petl.efficiency.frozen.feed import FrozenFeed, autocast_of
 from petl.efficiency.frozen.keys import KeyedRows
 from petl.efficiency.frozen.prefix import (
+    OTHER,
     FrozenPrefix,
     PassEnd,
     dropouts,
@@ -33,13 +34,6 @@ from petl.system.progress import Pass
 
 POSITIONS = 2048  # of a batch: enough for large products, little memory
 CHUNK = 64  # rows that are collated at a time to read their keys
-# settings of a config that the output of blocks in evaluation mode does not depend on
-# one that is missing here costs a store that is computed again, never a wrong one
-OTHER = {
-    *("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "use_cache"),
-    *("architectures", "transformers_version", "torch_dtype", "dtype", "finetuning_task"),
-    *("output_hidden_states", "output_attentions", "return_dict", "is_encoder_decoder"),
-}
 Batch = Mapping[str, Any]
 Output = Tensor | tuple[Tensor | None, ...]  # of a block
 Collate = Callable[[list[Any]], Batch]

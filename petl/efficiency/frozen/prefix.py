@@ -15,13 +15,20 @@ from petl.core.layers.class_swap import mixins_of
 from petl.core.layers.context import arguments_of_forward, is_encoder_decoder
 from petl.core.model.linear import linear_names
 from petl.core.model.places import place
-from petl.core.model.structure import layer_drop
 from petl.core.parameters import quantization_of
 from petl.core.types import CausalModel, base_of
 from petl.efficiency.frozen.keys import IDS, MEDIA
 from petl.errors import UnsupportedError
 from petl.ops.low_rank import hooks_of
 
+PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
+# settings of a config that the output of blocks in evaluation mode does not depend on
+# one that is missing here costs a store that is computed again, never a wrong one
+OTHER = {
+    *("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "use_cache"),
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "finetuning_task"),
+    *("output_hidden_states", "output_attentions", "return_dict", "is_encoder_decoder"),
+}
 CAPTURING = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked
 
 
@@ -198,6 +205,8 @@ def watched_pass(
 
 def reason_of_pass(prefix: FrozenPrefix, seen: PrefixPass) -> str:
     """Return why the output of a prefix is no fixed function of a row; "" if it may be one."""
+    from petl.core.model.structure import layer_drop  # of models with frozen blocks alone
+
     setting = layer_drop(prefix.body.config)
     if setting:
         return f"the model's config has {setting}: training leaves out blocks at random"

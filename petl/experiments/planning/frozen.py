@@ -11,8 +11,9 @@ from peft import PeftModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from petl.efficiency.frozen.cache import FOLDER, PAYS, missing_rows, prefix_of
+from petl.efficiency.frozen.cache import FOLDER, missing_rows
 from petl.efficiency.frozen.prefix import (
+    PAYS,
     FrozenPrefix,
     PassEnd,
     PrefixPass,
@@ -20,6 +21,7 @@ from petl.efficiency.frozen.prefix import (
     reason_of_pass,
     watched_pass,
 )
+from petl.efficiency.frozen.rewrite import prefix_of
 from petl.efficiency.frozen.store import MARGIN, OutputSpec, free_bytes, size_of
 from petl.errors import UnsupportedError
 from petl.experiments.planning.dry_run import Operations, PassMemory
@@ -125,7 +127,9 @@ def _missing(
     try:
         with unset_fake_temporarily():  # rows are told apart by their values
             precision = "bfloat16" if bf16 else ""
-            return missing_rows(model, rows, splits.collate, precision=precision, device=device)
+            return missing_rows(
+                model, prefix_of(model), rows, splits.collate, precision=precision, device=device
+            )
     except (RuntimeError, NotImplementedError, TypeError, UnsupportedError):
         # what runs before the blocks needs weights, or rows cannot be told apart
         return [True] * len(parts)

@@ -15,7 +15,6 @@ from petl.core.types import Record
 from petl.data.models.sources import RandomInit
 from petl.data.tasks.scores import is_beside, is_percentage, shown
 from petl.errors import InputError
-from petl.experiments.reports.entries import validation_of
 from petl.experiments.reports.formatting import (
     duration,
     echo,
@@ -172,6 +171,8 @@ def validation_line(scores: Record) -> str:
     """The best score on the validation examples, and their number; "" without any."""
     if scores["validation"] is None:
         return ""
+    from petl.experiments.reports.entries import validation_of  # of runs that validate
+
     metric, found = scores["metric"], validation_of(scores)
     counted = sample_size(found)
     best = score(metric, scores["validation"])

@@ -11,8 +11,9 @@ from petl.system.processes import is_first
 from petl.training.distributed.launch import Launch, make_accelerator
 from petl.training.retain.compare import measured
 from petl.training.retain.drift import Drift
-from petl.training.retain.measure import Retained, has_base
+from petl.training.retain.measure import Retained
 from petl.training.retain.page import TEXTS, TOKENS, write_texts
+from petl.training.retain.rows import has_base
 from petl.training.retain.texts import texts_for
 from petl.training.runs.records import SCORES, read_scores
 

@@ -28,7 +28,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from petl.core.model.structure import blocks
 from petl.core.parameters import quantization_of, trainable
 from petl.core.support import BASES, Capability, Lacks
 from petl.core.types import Settings, base_of
@@ -36,7 +35,6 @@ from petl.errors import InputError, choose
 from petl.system.collectives import is_sharded, to_full, to_shards
 from petl.system.imports.extras import need_extra
 from petl.system.values import read_fields
-from petl.training.distributed.precision import check_bf16
 
 # environment variables of `accelerate launch` that choose a kind
 REQUESTED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
@@ -205,6 +203,8 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     `cpu=True`: Accelerate would otherwise start without a process group.
     """
     if precision == "bf16":
+        from petl.training.distributed.precision import check_bf16  # not of float32
+
         check_bf16()
     # a process may run many jobs of a sweep: the settings change, the process group stays
     AcceleratorState._reset_state()
@@ -335,6 +335,8 @@ def parts(model: PeftModel) -> list[nn.Module]:
 
     An embedding that shares its weight with another module stays in the group of the model.
     """
+    from petl.core.model.structure import blocks  # of FSDP2 alone
+
     base = base_of(model)
     found = [block for _, block in blocks(model)]
     try:

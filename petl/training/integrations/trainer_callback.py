@@ -23,7 +23,7 @@ from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import made_by
 from petl.system.files.disk import write_atomic
 from petl.training.retain.compare import retained
-from petl.training.retain.measure import CURVE
+from petl.training.retain.rows import CURVE
 from petl.training.runs.checkpoint import LIFECYCLE, contiguous
 from petl.training.runs.resume import NOT_RESUMABLE
 

@@ -11,15 +11,8 @@ from petl.core.types import base_of
 from petl.errors import InputError
 from petl.training.retain import drift
 from petl.training.retain.drift import Drift
-from petl.training.retain.measure import (
-    MAX_LENGTH,
-    Processor,
-    Retained,
-    RetainedRow,
-    compare,
-    encode_texts,
-    longest_for,
-)
+from petl.training.retain.measure import MAX_LENGTH, Retained, compare, encode_texts
+from petl.training.retain.rows import Processor, RetainedRow, longest_for
 
 
 def retained(

@@ -24,17 +24,13 @@ from petl.core.spec.facts import facts_of
 from petl.core.types import Batch, Record, base_of
 from petl.errors import UnsupportedError
 from petl.training.linear_probe import find_head, one_vector
-from petl.training.retain.measure import (
+from petl.training.retain.measure import base_with, both_measured, interval_of, measuring, padded
+from petl.training.retain.rows import (
     ALONE,
     Processes,
     Processor,
     RetainedRow,
-    base_with,
-    both_measured,
     by_length,
-    interval_of,
-    measuring,
-    padded,
     tokenizer_of,
 )
 

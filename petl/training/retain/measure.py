@@ -17,10 +17,10 @@ import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -28,26 +28,30 @@ from transformers import PreTrainedTokenizerBase
 from petl.core.compat import BaseTunerLayer
 from petl.core.masks import IGNORED
 from petl.core.model.modes import calibration_pass
-from petl.core.registry import keeps_base
-from petl.core.spec.facts import facts_of
 from petl.core.types import Batch, Record, base_of
 from petl.data.models.new_tokens import added_rows, plain_of
 from petl.efficiency.frozen.feed import paused
 from petl.efficiency.frozen.repeat import RepeatedPasses, repeated_passes
 from petl.errors import InputError, UnsupportedError, shown
 from petl.ops.divergence import divergence_terms
-from petl.system.collectives import gathered
+from petl.training.retain.rows import (
+    ALONE,
+    Processes,
+    Processor,
+    RetainedRow,
+    by_length,
+    has_base,
+    tokenizer_of,
+)
 
 MAX_LENGTH = 256
 FEWEST = 8  # texts with which an interval is stated
 LEVEL = 0.95
-CURVE = {"language": "retained_lost", "features": "retained_drift"}  # names in logs
 # logits of a model that are computed with at a time, in float64: on a CPU, what its caches hold
 CHUNK = {"cpu": 2**19}
 LARGEST_CHUNK = 2**22
 LOGITS = 2**27  # of a pass at most, unless one row has more: half a gigabyte in float32
 logger = logging.getLogger(__name__)
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -170,42 +174,6 @@ def interval_of(
 # The rows
 
 
-class RetainedRow(NamedTuple):
-    """A text and its tokens."""
-
-    text: str
-    ids: list[int]
-
-
-class Processor(Protocol):
-    """What is used of a processor for images and text."""
-
-    tokenizer: PreTrainedTokenizerBase
-
-
-def tokenizer_of(given: PreTrainedTokenizerBase | Processor) -> PreTrainedTokenizerBase:
-    """Return a tokenizer, or that of a processor for images and text."""
-    return given if isinstance(given, PreTrainedTokenizerBase) else given.tokenizer
-
-
-def longest_for(
-    tokenizer: PreTrainedTokenizerBase | Processor, max_length: int, positions: int | None
-) -> int:
-    """Return `max_length`, or what a model reads at most.
-
-    Args:
-        positions: that the model has; None: any number.
-    """
-    most = min(tokenizer_of(tokenizer).model_max_length, positions or max_length)
-    if most < max_length:
-        logger.info(
-            "retained texts are cut to the %d tokens that the model reads, not to %d",
-            most,
-            max_length,
-        )
-    return min(most, max_length)
-
-
 def encode_texts(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase | Processor,
@@ -297,36 +265,6 @@ def padded(rows: Sequence[list[int]], value: int) -> Tensor:
 # The measure
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes among which rows are divided; all run the same number of passes.
-
-    Attributes:
-        rank: of this one, below `count`.
-    """
-
-    rank: int = 0
-    count: int = 1
-
-    def own(self, order: Sequence[int]) -> list[int]:
-        """Return this process's part of some rows, as many as every other has."""
-        each = -(-len(order) // self.count)
-        # every n-th one: those of a batch then have similar lengths in all of them
-        mine = [*order[self.rank :: self.count]]
-        # a row that another process has, too: a sharded model needs all processes in each pass
-        return mine + [order[0]] * (each - len(mine))
-
-    def all(self, found: dict[int, Found]) -> dict[int, Found]:
-        """Return what all processes have found, by row."""
-        merged: dict[int, Found] = {}
-        for part in gathered(found):
-            merged |= part
-        return merged
-
-
-ALONE = Processes()
-
-
 def compare(
     model: nn.Module,
     rows: Sequence[RetainedRow],
@@ -400,11 +338,6 @@ def lost_by(
     return math.fsum(added) / sum(counts)
 
 
-def has_base(config: PeftConfig) -> bool:
-    """Return True if a trained model without its adapter of this config is the pretrained one."""
-    return keeps_base(config) and not facts_of(config).trains_biases
-
-
 def base_with(
     model: nn.Module, base: nn.Module | None
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager[None]]]:
@@ -445,19 +378,6 @@ def _batches(
     size = min(batch_size, max(1, LOGITS // of_row))
     for numbers in by_length(lengths, size, processes):
         yield numbers, *batch_of([rows[number] for number in numbers], model, pad)
-
-
-def by_length(lengths: Sequence[int], batch_size: int, processes: Processes) -> list[list[int]]:
-    """Return this process's rows in batches of similar lengths, so that little is padding.
-
-    Raises:
-        InputError: the size of a batch is below 1.
-    """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} is below 1, the minimum")
-    # the same division for the same rows, so that points of a curve can be compared
-    order = processes.own(sorted(range(len(lengths)), key=lambda number: lengths[number]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from petl.system.values import type_problem
 from petl.training.features.bars import Bar, Bars
 from petl.training.features.section import Curve, Lines, Passage, Section
 from petl.training.retain.drift import Drift
-from petl.training.retain.measure import Retained, RetainedRow, RetainedText, tokenizer_of
+from petl.training.retain.measure import Retained, RetainedText
+from petl.training.retain.rows import RetainedRow, tokenizer_of
 from petl.training.retain.settings import RetainConfig
 from petl.training.runs.records import CONFIG, METRICS, SCORES
 

@@ -22,7 +22,7 @@ from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.seq2seq import Seq2Seq
 from petl.errors import InputError, UnsupportedError
 from petl.training.dataloader import TrainingRows
-from petl.training.retain.measure import RetainedRow
+from petl.training.retain.rows import RetainedRow
 
 TEXT_SEED = 7  # added to the epoch, so that texts and rows are in orders of their own
 

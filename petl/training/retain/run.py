@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from datasets import Dataset
 from peft import TaskType
 
 from petl.core.parameters import positions_in
@@ -22,20 +23,18 @@ from petl.core.types import Processor as AnyProcessor
 from petl.data.base import as_dataset, read_data
 from petl.data.models.sources import read_source
 from petl.data.overlap import TrainingInputs
-from petl.data.streaming import StreamedRows
 from petl.errors import InputError
 from petl.system.collectives import on_main
 from petl.training.dataloader import Splits, TrainingRows, batched
 from petl.training.features import Context, RunFeature, Setup
 from petl.training.features.section import Section
 from petl.training.frozen import FrozenStore
-from petl.training.retain import drift, measure
-from petl.training.retain.measure import (
+from petl.training.retain.rows import (
+    ALONE,
     CURVE,
     Processes,
-    Retained,
     RetainedRow,
-    encode_texts,
+    by_length,
     has_base,
     longest_for,
 )
@@ -44,6 +43,10 @@ from petl.training.retain.texts import BUNDLED, halves, require_texts, texts_of
 from petl.training.runs.config import RunConfig
 from petl.training.runs.settings import TrainConfig
 from petl.training.wrapping import train_new_modules
+
+if TYPE_CHECKING:
+    from petl.training.retain import drift
+    from petl.training.retain.measure import Retained
 
 WRITES = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 SHARE = 0.03  # of a run's cost, unless the number of texts is set
@@ -106,11 +109,10 @@ class OtherRows:
         names = [str(each) for each in paths]
         return cls(names, collate, task.lengths(rows))
 
-    def batches(self, processes: Processes) -> drift.Rows:
-        """Return the rows in batches."""
-        parts = measure.by_length(self.lengths, BATCH_SIZE, processes)
-        batches = [(numbers, partial(self.collate, numbers)) for numbers in parts]
-        return drift.Rows(self.names, batches, processes)
+    def batches(self, processes: Processes) -> list[tuple[list[int], Callable[[], Batch]]]:
+        """Return the numbers of the rows of each batch, and what makes it."""
+        parts = by_length(self.lengths, BATCH_SIZE, processes)
+        return [(numbers, partial(self.collate, numbers)) for numbers in parts]
 
 
 class Retaining(RunFeature):
@@ -174,6 +176,7 @@ class Retaining(RunFeature):
         own = self.settings
         if not own.mix:
             return rows
+        from petl.training.retain.measure import encode_texts
         from petl.training.retain.replay import require_text_task, with_texts  # as in `check`
 
         require_text_task(rows.task, own.mix)
@@ -258,6 +261,8 @@ class Retaining(RunFeature):
         # the shortest that the bundled texts are cut to: no text need be read to know
         if most is None and own.data == BUNDLED and affordable < FEWEST * SHORTEST:
             return too_few(int(affordable // SHORTEST), TEXTS.format(SHORTEST))
+        from petl.training.retain.measure import encode_texts  # as in `_of_model`
+
         texts = self._measured()
         if splits.inputs is not None:
             kept = [text for text in texts if text not in splits.inputs]
@@ -307,7 +312,7 @@ class Retaining(RunFeature):
         self,
         model: Any,
         splits: Splits,
-        processes: Processes = measure.ALONE,
+        processes: Processes = ALONE,
         trained: Any = None,
         is_base: bool = False,
     ) -> Any:
@@ -317,19 +322,25 @@ class Retaining(RunFeature):
             trained: names of modules that an adapter will train as a whole.
             is_base: as of `measure.losses_of`.
         """
+        from petl.training.retain import drift, measure  # where something is measured
+
         if self.kind == "language":
             return measure.losses_of(
                 model, self.rows, splits.processor, is_base=is_base, processes=processes
             )
         return drift.features_of(model, self._batches(splits, processes), trained)
 
-    def _batches(self, splits: Splits, processes: Processes) -> drift.Rows:
+    def _batches(self, splits: Splits, processes: Processes) -> "drift.Rows":
+        from petl.training.retain import drift  # as in `_of_model`
+
         if self.other is not None:
-            return self.other.batches(processes)
+            return drift.Rows(self.other.names, self.other.batches(processes), processes)
         return drift.of_texts(self.rows, splits.processor, BATCH_SIZE, processes)
 
-    def measure(self, context: Context) -> Retained | drift.Drift:
+    def measure(self, context: Context) -> "Retained | drift.Drift":
         """Return the measure of the model as it is; on every process the same."""
+        from petl.training.retain import drift, measure  # as in `_of_model`
+
         splits, parts = context.splits, processes_of(context)
         before = None if has_base(context.model.active_peft_config) else self.before
         with context.accelerator.autocast():
@@ -342,6 +353,8 @@ class Retaining(RunFeature):
 
     def _change(self, context: Context) -> float:
         """Return what the model has lost so far, from one pass: the base's is computed once."""
+        from petl.training.retain import drift, measure  # as in `_of_model`
+
         splits, parts, model = context.splits, processes_of(context), context.model
         with context.accelerator.autocast():
             # of a base that stays, once for all points
@@ -432,7 +445,7 @@ def too_few(count: int, rows: str) -> str:
 def trained_tokens(splits: Splits, train: TrainConfig) -> float:
     """Return about how many tokens a run trains on."""
     steps = splits.sampler(train).steps
-    if isinstance(splits.train, StreamedRows):
+    if not isinstance(splits.train, Dataset):  # a stream
         return steps * train.batch_size * splits.task.longest
     # the lengths of all rows would take long
     sample = splits.train.select(range(min(SAMPLE, len(splits.train))))

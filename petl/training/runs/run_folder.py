@@ -45,7 +45,6 @@ from petl.system.files.disk import (
 )
 from petl.system.processes import claim
 from petl.training.distributed.launch import start
-from petl.training.distributed.precision import described
 from petl.training.runs.checkpoint import clean, read_state, room_for, save_adapter
 from petl.training.runs.config import RunConfig, names_of
 from petl.training.runs.environment import PhaseTimer, describe_environment
@@ -181,6 +180,8 @@ class Run:
         found = choose_checkpoint(self.config.train, self._asked, self.prefix)
         begun: dict[str, str] = {}
         if self.config.train.precision == AUTO:
+            from petl.training.distributed.precision import described  # of auto
+
             # a resumed run keeps what auto was when it began
             kept = {} if found is None else read_state(found)["identity"]
             begun = {"precision": kept.get(PRECISION, self.config.precision)}

@@ -29,7 +29,7 @@ from petl.core.types import base_of
 from petl.data.tasks.retrieval import Retrieval
 from petl.errors import InputError, UnsupportedError
 from petl.training.retain import measure
-from petl.training.retain.measure import Processes
+from petl.training.retain.rows import Processes
 
 pytest_plugins = ["training_fixtures"]
 TEXTS = [("the quick brown fox " * 3)[: 5 + 7 * n] + str(n) for n in range(9)]

@@ -19,8 +19,9 @@ from petl.data.overlap import normalized
 from petl.errors import InputError
 from petl.experiments.reports.run_report import write_page
 from petl.training.frozen import FrozenStore
-from petl.training.retain.measure import Retained, RetainedRow
+from petl.training.retain.measure import Retained
 from petl.training.retain.replay import ReplayOrder
+from petl.training.retain.rows import RetainedRow
 from petl.training.retain.run import Retaining
 from petl.training.retain.settings import RetainConfig
 from petl.training.retain.texts import halves
