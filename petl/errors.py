@@ -146,6 +146,10 @@ class RunStopped(RuntimeError):
         return printable(self.args[0])
 
 
+class Diverged(RunStopped):
+    """A training whose loss, score or weights are not finite: again, it would end the same way."""
+
+
 class JobSkipped(Exception):
     """A job of a sweep that was skipped: its run is finished, or another worker has claimed it.
 

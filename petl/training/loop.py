@@ -24,7 +24,7 @@ from torch import Tensor
 from petl.core.lifecycle import lifecycle
 from petl.core.types import Record
 from petl.data.tasks.base import Outputs, not_finite
-from petl.errors import InputError, RunStopped
+from petl.errors import Diverged, InputError, RunStopped
 from petl.system.collectives import Counts, on_main
 from petl.system.files.disk import flush, stop_when_full
 from petl.system.files.tensor_file import read_shapes
@@ -357,14 +357,14 @@ class Loop:
         """Return the rows of the window for the steps after `done`, up to `step`."""
         return [number % len(self.window) for number in range(done, step)]
 
-    def diverged(self, event: str) -> RunStopped:
+    def diverged(self, event: str) -> Diverged:
         """Return the error for a loss or weights that are not finite."""
         last = (
             f"the last good checkpoint is {self.saved}"
             if self.saved
             else "no checkpoint was written before"
         )
-        return RunStopped(
+        return Diverged(
             f"training diverged: {event}; {last}; try a lower train.lr or train.head_lr"
         )
 

@@ -26,7 +26,7 @@ from petl.core.lifecycle import lifecycle
 from petl.core.model.heat_map import save_figure
 from petl.core.support import Capability
 from petl.core.types import Record
-from petl.errors import InputError, RunStopped
+from petl.errors import Diverged, InputError
 from petl.system.collectives import is_sharded, on_main
 from petl.system.files.disk import UNFINISHED, as_json, remove, stop_when_full, write_atomic
 from petl.system.files.read import read_json
@@ -221,7 +221,7 @@ class RisingLoop(Loop):
             self.step(batches)
             try:
                 ((loss, aux, _),) = self.fetch()
-            except RunStopped:  # the loss is not finite
+            except Diverged:
                 if not losses:  # at the lowest learning rate, so no other would help
                     raise
                 break
