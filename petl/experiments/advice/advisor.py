@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypedDict
 
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
@@ -27,23 +26,16 @@ from petl.core.types import Record
 from petl.data.base import read_from, refuse_stream
 from petl.data.models.loading import load_processor
 from petl.errors import InputError, RunStopped
-from petl.experiments.advice.candidates import (
-    SIMPLEST,
-    needs,
-    neighbor,
-    shortlist,
-    within,
-    words_of,
-)
+from petl.experiments.advice.candidates import SIMPLEST, needs, shortlist, within, words_of
 from petl.experiments.advice.evidence import LEVEL, Evidence, Rows, Setting, Trial, row_error
-from petl.experiments.advice.schedule import (
-    FEWEST_STEPS,
-    Budget,
-    Rung,
-    Seconds,
-    first_steps,
-    last_round,
+from petl.experiments.advice.rounds import (
+    PlannedRun,
+    Rounds,
+    make_rounds,
+    planned,
+    setting_of,
 )
+from petl.experiments.advice.schedule import FEWEST_STEPS, Budget, Seconds, first_steps
 from petl.experiments.reports.advised import named
 from petl.experiments.reports.entries import quality_of, validation_of
 from petl.experiments.reports.formatting import duration
@@ -75,7 +67,6 @@ FEWEST_ROWS = 60  # of which a part for validation says something
 SHARE, ENOUGH = 0.2, 1000  # of the training rows for validation, and rows that are enough
 AT_A_TIME = 8  # trials of a pass
 RETAINED = 64  # texts that are measured with --lost, however short a trial is; assumption
-LAST_SEED = 2  # of the runs of full length: not one of those that chose the setting
 FREE = ("train.steps", "train.seed", "train.lr")  # what tells the runs of an advice apart
 logger = logging.getLogger(__name__)
 
@@ -103,29 +94,17 @@ class Request:
     seconds: float | None = None
 
 
-class PlannedRun(TypedDict):
-    """A run in schedule.json."""
-
-    setting: list[str | int | float]
-    seed: int
-    steps: int
-
-
-class Planned(TypedDict):
+class Planned(Rounds):
     """The content of schedule.json.
 
     Attributes:
         request: all that was asked for, and the settings of the runs.
         seconds: as measured by the first trial, and by the last rung; None: not yet.
-        rungs: the runs of each.
-        last: those of full length; None: not yet.
         spent: processor seconds so far.
     """
 
     request: Record
     seconds: dict[str, float] | None
-    rungs: list[list[PlannedRun]]
-    last: list[PlannedRun] | None
     spent: float
 
 
@@ -195,12 +174,12 @@ class Advisor:
         self.common = settings
         self.planned = self._read(identity(run.resolved))
         # of a command that is resumed, what was spent before counts too
-        before = self.planned["spent"]
+        self.before = self.planned["spent"]
         try:
-            self._try_all(before)
+            self._try_all()
         finally:
-            self.planned["spent"] = before + self.clock()
-            self._save()
+            self.planned["spent"] = self.spent()
+            self.note()
         return self._written(self._found())
 
     # What was planned
@@ -224,7 +203,8 @@ class Advisor:
             )
         return found
 
-    def _save(self) -> None:
+    def note(self) -> None:
+        """Write schedule.json."""
         write_atomic(self.request.folder / SCHEDULE, as_json(self.planned))
 
     @property
@@ -318,92 +298,64 @@ class Advisor:
         gc.collect()  # models, which refer to themselves
         return self.clock() - begun
 
-    def _try_all(self, before: float) -> None:
-        """Make the rungs and the last round."""
+    def spent(self) -> float:
+        """Return the processor seconds so far, those of a command that is resumed included."""
+        return self.before + self.clock()
 
-        def spent() -> float:
-            return before + self.clock()
-
-        steps = first_steps(self.sizes.steps)
-        plain, *others = self.list.allowed
-        first = planned(plain, 0, steps)
+    def _try_all(self) -> None:
+        """Make the first trial, the rungs and the last round."""
+        first = planned(self.list.allowed[0], 0, first_steps(self.sizes.steps))
         if self.planned["seconds"] is None:
-            self._say(f"a first trial of {steps} steps, which measures what a step costs", None)
-            remove(self.folder_of(first))  # of one that was stopped, the seconds are not known
-            taken = self._make([first])
-            scores = read_results(self.folder_of(first))
-            if self.request.lost is not None and lost_of(scores) == -math.inf:
-                raise InputError(
-                    f"--lost {self.request.lost:g}: what such a model loses on other texts was not "
-                    f"measured (retain.data={self.config.resolved['retain']['data']}); leave it "
-                    "out, or set retain.data"
-                )
-            step = scores["cpu_seconds"] / scores["steps"]
-            rest = taken - scores["cpu_seconds"]
-            self.planned["seconds"] = asdict(Seconds(self.began, rest, step))
-        budget = Budget(self.request.cost, self.unit, self.full)
-        if not self.planned["rungs"]:
-            excluded = [s for found in self.list.excluded.values() for s in found]
-            # what a constraint costs is worth a trial after the first few
-            settings = [*others[:3], *excluded, *others[3:]]
-            room = budget.first(spent(), self.seconds, 1 + len(settings))
-            self._plan([first, *(planned(s, 0, steps) for s in settings[: room - 1])])
-        for number in range(budget.rungs):
-            if number == len(self.planned["rungs"]) and not self._plan_next(budget, spent()):
-                break
-            runs = self.planned["rungs"][number]
-            self._say(
-                f"trials, round {number + 1} of {budget.rungs}: {len(runs)} of "
-                f"{runs[0]['steps']:,} steps",
-                budget.cost * budget.unit - spent(),
+            self._measure(first)
+        make_rounds(self, self.planned, first, self.list, self.budget)
+
+    def _measure(self, first: PlannedRun) -> None:
+        """Make the first trial, which measures what a step costs."""
+        self._say(
+            f"a first trial of {first['steps']} steps, which measures what a step costs", None
+        )
+        remove(self.folder_of(first))  # of one that was stopped, the seconds are not known
+        taken = self._make([first])
+        scores = read_results(self.folder_of(first))
+        if self.request.lost is not None and lost_of(scores) == -math.inf:
+            raise InputError(
+                f"--lost {self.request.lost:g}: what such a model loses on other texts was not "
+                f"measured (retain.data={self.config.resolved['retain']['data']}); leave it "
+                "out, or set retain.data"
             )
-            due = [run for run in runs if not is_finished(self.folder_of(run))]
-            taken = self._make(runs)
-            if len(due) > 1:
-                measured = self.seconds.measured(len(due), runs[0]["steps"], taken)
-                self.planned["seconds"] = asdict(measured)
-                self._save()
-        if self.planned["last"] is None:
-            self.planned["last"] = self._last()
-            self._save()
-        if self.planned["last"]:
-            names = ", ".join(named(setting_of(run)._asdict()) for run in self.planned["last"])
-            left = self.seconds.of(len(self.planned["last"]), self.full)
+        step = scores["cpu_seconds"] / scores["steps"]
+        rest = taken - scores["cpu_seconds"]
+        self.planned["seconds"] = asdict(Seconds(self.began, rest, step))
+
+    @property
+    def budget(self) -> Budget:
+        """What the cost leaves for trials, once the first one is made."""
+        return Budget(self.request.cost, self.unit, self.full)
+
+    def make(self, runs: Sequence[PlannedRun], number: int | None) -> None:
+        """Make the runs of a rung, which measures a pass of several, or of the last round."""
+        if number is None:
+            names = ", ".join(named(setting_of(run)._asdict()) for run in runs)
+            left = self.seconds.of(len(runs), self.full)
             self._say(f"the last round, {self.full:,} steps: {names}", left)
-            self._make(self.planned["last"], last=True)
+            self._make(runs, last=True)
+            return
+        steps, budget = runs[0]["steps"], self.budget
+        self._say(
+            f"trials, round {number + 1} of {budget.rungs}: {len(runs)} of {steps:,} steps",
+            budget.cost * budget.unit - self.spent(),
+        )
+        due = [run for run in runs if not is_finished(self.folder_of(run))]
+        taken = self._make(runs)
+        if len(due) > 1:
+            self.planned["seconds"] = asdict(self.seconds.measured(len(due), steps, taken))
+            self.note()
 
     def _say(self, text: str, left: float | None) -> None:
         """Log what begins, and how long all will take at the speed so far."""
         pace = (time.monotonic() - self.wall) / max(1e-9, self.clock() - self.began)
         rest = "" if left is None else f"; about {duration(max(0.0, left) * pace)} left"
         logger.info("%s%s", text, rest)
-
-    def _plan(self, runs: list[PlannedRun]) -> None:
-        self.planned["rungs"].append(runs)
-        self._save()
-
-    def _plan_next(self, budget: Budget, spent: float) -> bool:
-        """Plan the next rung; return False if the cost has no room for it."""
-        evidence = self.evidence
-        ranked, tried = evidence.ranked(), {trial.setting for trial in evidence.trials}
-        rungs = self.planned["rungs"]
-        rung = budget.following(len(rungs), spent, self.seconds, len(ranked), rungs[-1][0]["steps"])
-        if rung is None:
-            return False
-        chosen = finalists(evidence, tried, rung, self.full / rungs[-1][0]["steps"])
-        self._plan([planned(s, seed, rung.steps) for s in chosen for seed in range(rung.seeds)])
-        return True
-
-    def _last(self) -> list[PlannedRun]:
-        """Return the runs of full length: of the best setting, and of the next best."""
-        rung, evidence = last_round(self.request.cost), self.evidence
-        settings = [evidence.best, evidence.next_best][: rung.settings]
-        return [
-            planned(setting, LAST_SEED + seed, self.full)
-            for setting in settings
-            if setting is not None
-            for seed in range(rung.seeds)
-        ]
 
     # What they say
 
@@ -547,17 +499,6 @@ class Advisor:
         return advice
 
 
-def planned(setting: Setting, seed: int, steps: int) -> PlannedRun:
-    """Return a run as schedule.json has it."""
-    return PlannedRun(setting=[*setting], seed=seed, steps=steps)
-
-
-def setting_of(run: PlannedRun) -> Setting:
-    """Return the setting of a run."""
-    method, rank, rate = run["setting"]
-    return Setting(str(method), int(rank), float(rate))
-
-
 def score_of(scores: Record) -> float:
     """Return the validation score of a run, higher is better; -inf without a finite one."""
     return quality_of(scores, validation_of(scores))[0]
@@ -567,27 +508,6 @@ def lost_of(scores: Record) -> float:
     """Return what a run lost on retained texts; -inf if that was not measured."""
     found = scores.get("retained") or {}
     return next((found[name] for name in ("lost", "drift") if name in found), -math.inf)
-
-
-def finalists(evidence: Evidence, tried: set[Setting], rung: Rung, longer: float) -> list[Setting]:
-    """Return the settings of the next rung: the best of the simplest method, and of the others.
-
-    The rate next to the best one of the simplest method takes the last place, if there is one more
-    and what it would have is not as good as the best.
-
-    Args:
-        longer: the full length, in lengths of the last rung.
-    """
-    ranked = evidence.ranked()
-    simple = [setting for setting in ranked if setting.method == SIMPLEST]
-    others = [setting for setting in ranked if setting.method != SIMPLEST]
-    first = [found[0] for found in (simple, others) if found]
-    chosen = [*first, *(setting for setting in ranked if setting not in first)][: rung.settings]
-    beside = neighbor(simple[0], tried, longer) if simple else None
-    is_free = len(chosen) > len(first) and evidence.apart(ranked[0], chosen[-1])
-    if beside is not None and beside not in chosen and is_free:
-        chosen[-1] = beside
-    return chosen
 
 
 def sizes_of(splits: Splits, batch: int, share: float, steps: int) -> Sizes:

@@ -11,9 +11,10 @@ from comparable import write_run
 from training_fixtures import Tiny, example
 
 from petl.errors import InputError, RunStopped
-from petl.experiments.advice.advisor import Advisor, Request, finalists
+from petl.experiments.advice.advisor import Advisor, Request
 from petl.experiments.advice.candidates import at
 from petl.experiments.advice.evidence import Evidence, Rows, Setting, Trial
+from petl.experiments.advice.rounds import finalists
 from petl.experiments.advice.schedule import Rung
 from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
