@@ -1,43 +1,51 @@
 """The grid: each task with each method, rank, learning rate and seed, and the table of its scores.
 
-The runs of a task and a method are a unit: they train eight at a time over one base, in one
-process. Once a unit is finished, its scores are lines of the table, and its folders are deleted.
+The runs of a task and a method are a unit: they train eight at a time over one base. Beside the
+runs of full length there are the short trials that advice may make, which have no test score. Once
+a unit is finished, its scores are lines of the table, and its folders are deleted. A run that is
+not finished is begun again, so that a stop costs eight runs at most.
 """
 
-import json
+import gc
 import logging
-import os
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from advice.tasks import TASKS, Task
-from petl.core.registry import METHODS
-from petl.errors import RunStopped
+from petl.cli.train import trial
+from petl.data.tasks.scores import INTERVAL
+from petl.errors import Diverged, RunStopped
+from petl.experiments.advice.candidates import OTHERS, RANKS, SIMPLEST, at, words_of
+from petl.experiments.advice.evidence import Setting
+from petl.experiments.advice.schedule import LAST_SHARE, first_steps
 from petl.experiments.reports.formatting import duration
-from petl.experiments.sweeps.study import AT_THE_END, TOGETHER, Runs
+from petl.experiments.sweeps.study import AT_THE_END
 from petl.system.files.disk import write_atomic
+from petl.system.settings.command_line import how_to_continue
+from petl.training import program as app
+from petl.training.compose import compose
 from petl.training.runs.records import is_finished, read_results
+from petl.training.together.runs import RunJob, train_runs
 
 DATA = "data"  # the folder of the files of all tasks, in that of the runs
 TABLE = Path(__file__).with_name("grid.csv")
 AT_A_TIME = 8
 SEEDS = range(3)
-FACTORS = (1 / 9, 1 / 3, 1, 3, 9)  # of the method's default learning rate
-RANKS = (2, 4, 8, 16, 32)
-METHOD_RANKS = {  # Compacter's bottleneck has at least its four blocks
-    "lora": RANKS,
-    "mola": RANKS,
-    "adapter": RANKS,
-    "mos": RANKS,
-    "compacter": (4, 8, 16, 32, 64),
+POWERS = (-2, -1, 0, 1, 2)  # of 3, by which the method's default learning rate is multiplied
+WIDE = (4, 16, 64)  # Compacter's bottleneck has at least its four blocks
+METHOD_RANKS = {
+    SIMPLEST: RANKS,
+    "mola": (2, 8, 32),
+    "adapter": WIDE,
+    "mos": WIDE,
+    "compacter": WIDE,
 }
 COMMON = (
     *("train.epochs=null", "train.linear_probe=false", "train.score_before=false"),
@@ -47,26 +55,45 @@ COMMON = (
 logger = logging.getLogger("petl.advice")  # below petl, whose messages the command prints
 
 
+def tried(method: str) -> set[Setting]:
+    """Return the settings of a method that advice may try in short trials."""
+    if method != SIMPLEST:
+        return {at(method, OTHERS[method], power) for power in (-1, 0, 1)}
+    # of rank 4 where files of rank 8 are too large
+    rates = {at(SIMPLEST, rank, power) for rank in (4, 8) for power in POWERS}
+    return rates | {at(SIMPLEST, rank) for rank in (2, 32)}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of the grid.
 
     Attributes:
         rate: learning rate.
+        steps: its length; without a test score if that is less than the task's.
     """
 
     task: str
     method: str
     rank: int
     rate: float
+    steps: int
     seed: int
 
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"r{self.rank}-lr{self.rate:g}-steps{self.steps}-seed{self.seed}"
+
     def words(self, task: Task, data: Path, folder: Path) -> list[str]:
-        """Settings of `petl train`."""
+        """Return the settings of `petl train`."""
         own = [word.replace("{data}", str(data)) for word in task.words]
         return [
-            *(f"+method={self.method}", f"method.r={self.rank}", *own, *COMMON),
-            *(f"train.lr={self.rate:g}", f"train.seed={self.seed}", f"train.run={folder}"),
+            *words_of(Setting(self.method, self.rank, self.rate)),
+            *own,
+            *COMMON,
+            f"train.test={str(self.steps == task.steps).lower()}",
+            *(f"train.steps={self.steps}", f"train.seed={self.seed}", f"train.run={folder}"),
             "train.resume=auto",
         ]
 
@@ -88,65 +115,80 @@ class Unit:
     @cached_property
     def cells(self) -> dict[Path, Cell]:
         """The runs by their folders."""
-        default = METHODS[self.method].default_lr({})
-        return {
-            self.folder / f"{rank}-{number}-{seed}": Cell(
-                self.task.name, self.method, rank, float(f"{default * factor:.2g}"), seed
-            )
-            for rank, (number, factor), seed in product(
-                METHOD_RANKS[self.method], enumerate(FACTORS), SEEDS
-            )
-        }
+        full, method = self.task.steps, self.method
+        found = [
+            (at(method, rank, power), full, seed)
+            for rank, power, seed in product(METHOD_RANKS[method], POWERS, SEEDS)
+        ]
+        # advice gives each of its first trials one seed, and two to those of the last rung
+        short, half = first_steps(full), round(LAST_SHARE * full)
+        lengths = [(short, 0), *((half, seed) for seed in (0, 1) if half > short)]
+        found += [(setting, *length) for setting in sorted(tried(method)) for length in lengths]
+        cells = [Cell(self.task.name, *setting, steps, seed) for setting, steps, seed in found]
+        return {self.folder / cell.name: cell for cell in cells}
 
     def train(self) -> float:
-        """Make the runs that are not finished; return the processor seconds of the process.
+        """Make the runs that are not finished; return the processor seconds of that.
 
         Raises:
-            RunStopped: some of them did not finish.
+            RunStopped: a signal ended them, or some failed for another reason than their rate.
         """
+        begun = time.process_time()
         self.folder.mkdir(parents=True, exist_ok=True)
-        due = {folder: cell for folder, cell in self.cells.items() if not is_finished(folder)}
-        runs = [
-            {"overrides": cell.words(self.task, self.data, folder), "log": f"{folder}.log"}
-            for folder, cell in due.items()
-        ]
-        before = os.times().children_user
-        given = json.dumps(Runs(together=AT_A_TIME, runs=runs))
-        subprocess.run(TOGETHER, input=given, text=True, check=False)
-        missing = [folder for folder in self.cells if not is_finished(folder)]
-        if missing:
+        jobs = []
+        for folder, cell in self.cells.items():
+            if not is_finished(folder):
+                words = cell.words(self.task, self.data, folder)
+                jobs.append(RunJob(words, partial(compose, words), Path(f"{folder}.log"), trial))
+        signalled = train_runs(jobs, AT_A_TIME)
+        if signalled:
+            status = app.SIGNALLED + signalled
+            raise RunStopped(f"interrupted; {how_to_continue()}", status=status)
+        failed = [job for job in jobs if job.error and not isinstance(job.error, Diverged)]
+        if failed:
             raise RunStopped(
-                f"{len(missing)} of {len(self.cells)} runs did not finish, such as {missing[0]}: "
-                f"see {missing[0]}.log; the same command continues",
-                status=1,
+                f"{len(failed)} of {len(self.cells)} runs failed, see {failed[0].log}: "
+                f"{failed[0].error}; the same command continues"
             )
-        return os.times().children_user - before
+        return time.process_time() - begun
 
     def rows(self) -> Iterator[dict[str, object]]:
-        """Yield the lines of the table."""
+        """Yield the lines of the table; a run that diverged has no scores."""
         for folder, cell in self.cells.items():
-            scores = read_results(folder)
-            metric, after = scores["metric"], scores["after"]
-            yield {
-                **asdict(cell),
-                "metric": metric,
-                "validation": f"{scores['validation']:.5g}",
-                "validation_loss": f"{scores['validation_scores']['loss']:.5g}",
-                "test": f"{after[metric]:.5g}",
-                "test_loss": f"{after['loss']:.5g}",
-                "parameters": scores["adapter_parameters"],
-                "tokens": scores["tokens"],
-            }
+            yield {**asdict(cell), **(scores_of(folder) if is_finished(folder) else {})}
+
+
+def scores_of(folder: Path) -> dict[str, object]:
+    """Return what the table has of a finished run."""
+    scores = read_results(folder)
+    metric = scores["metric"]
+    found: dict[str, object] = {"metric": metric}
+    for part, name in (("validation", "validation_scores"), ("test", "after")):
+        if scores[name]:
+            found |= evaluated(part, metric, scores[name])
+    return {**found, "parameters": scores["adapter_parameters"], "bytes": scores["adapter_bytes"]}
+
+
+def evaluated(part: str, metric: str, scores: Mapping[str, float]) -> dict[str, object]:
+    """Return the columns of an evaluation."""
+    found: dict[str, object] = {
+        part: f"{scores[metric]:.5g}",
+        f"{part}_loss": f"{scores['loss']:.5g}",
+        f"{part}_rows": int(scores["rows"]),
+    }
+    if f"{metric}{INTERVAL}" in scores:
+        found[f"{part}{INTERVAL}"] = f"{scores[f'{metric}{INTERVAL}']:.3g}"
+    return found
 
 
 def units(folder: Path, names: list[str]) -> list[Unit]:
-    """Return the units that the table does not have, method by method."""
+    """Return the units that the table does not have, task by task."""
     done = set(read_table().groupby(["task", "method"]).groups) if TABLE.exists() else set()
     tasks = [task for task in TASKS if not names or task.name in names]
     return [
         Unit(task, method, folder / task.name / method, folder / DATA)
-        for method in METHOD_RANKS
         for task in tasks
+        for method in METHOD_RANKS
         if (task.name, method) not in done
     ]
 
@@ -157,6 +199,7 @@ def train(folder: Path, names: list[str]) -> None:
     for number, unit in enumerate(todo, start=1):
         begun = time.monotonic()
         seconds = unit.train()
+        gc.collect()  # models, which refer to themselves
         table = [read_table()] if TABLE.exists() else []
         write_atomic(TABLE, pd.concat([*table, pd.DataFrame(unit.rows())]).to_csv(index=False))
         shutil.rmtree(unit.folder)
@@ -167,6 +210,6 @@ def train(folder: Path, names: list[str]) -> None:
         )
 
 
-def read_table() -> pd.DataFrame:
-    """Return the table of the repository."""
-    return pd.read_csv(TABLE, dtype={"validation": str, "test": str})
+def read_table(file: Path = TABLE) -> pd.DataFrame:
+    """Return the table of the repository, or another one."""
+    return pd.read_csv(file)
