@@ -229,6 +229,13 @@ def claims(method: str) -> str:
     return quoted(method) if method else page()
 
 
+def advice(_: str) -> str:
+    """Where methods differ, from the table of the grid."""
+    from advice.page import page
+
+    return page()
+
+
 def retain(_: str) -> str:
     """What loses less at equal test loss, from the published curves."""
     from claims.retain import page
@@ -438,6 +445,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "methods": methods,
     "extras": extras,
     "claims": claims,
+    "advice": advice,
     "retain": retain,
     "commands": commands,
     "scripts": scripts,
