@@ -84,10 +84,14 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Leave the default run the diagonal of each product of parameters, unless marked `every_cell`.
 
     A product is made by several `parametrize` above one another; all of its cells are `thorough`.
+    Of a test that is marked `cells(n)` n of these cells stay, evenly spaced.
     """
     products: dict[object, list[tuple[pytest.Item, tuple[Place, ...]]]] = defaultdict(list)
+    costly: dict[object, list[pytest.Item]] = defaultdict(list)
     later = ("thorough", "slow", "hub", "every_cell")
     for item in items:
+        if item.get_closest_marker("cells"):
+            costly[item.function].append(item)  # ty: ignore[unresolved-attribute]
         marks = [*item.iter_markers("parametrize")]
         if len(marks) > 1 and not any(map(item.get_closest_marker, later)):
             given = item.callspec.params  # ty: ignore[unresolved-attribute]
@@ -99,6 +103,13 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         diagonal = {tuple(axis[m % len(axis)] for axis in axes) for m in range(longest)}
         for item, place in cells:
             if place not in diagonal:
+                item.add_marker(pytest.mark.thorough)
+    for cells in costly.values():
+        (count,) = cells[0].get_closest_marker("cells").args  # ty: ignore[unresolved-attribute]
+        left = [item for item in cells if not any(map(item.get_closest_marker, later[:3]))]
+        kept = {len(left) * number // count for number in range(count)}
+        for number, item in enumerate(left):
+            if number not in kept:
                 item.add_marker(pytest.mark.thorough)
 
 

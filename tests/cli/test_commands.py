@@ -184,6 +184,7 @@ def test_similar_names_are_suggested(petl_command):
 # plan
 
 
+@pytest.mark.thorough
 def test_plan_prints_counts_sizes_and_capabilities(petl_command, tiny):
     status, out, _ = petl_command("plan", "+method=mola", *tiny.steady)
     assert status == 0
@@ -194,6 +195,7 @@ def test_plan_prints_counts_sizes_and_capabilities(petl_command, tiny):
     assert "run: 4 steps" in out
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -51,6 +51,7 @@ def test_compress_writes_an_adapter_that_commands_read(command, runs, tmp_path):
         torch.testing.assert_close(tensor, expected[name])
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("run", ["lora", "other"])  # with validation rows, and with test rows only
 def test_what_loses_more_than_two_points_is_said_before_it_is_written(command, runs, tmp_path, run):
     seen, words = [], ("--drop", "0.99", "--q", "dare")
@@ -69,6 +70,7 @@ def test_what_loses_more_than_two_points_is_said_before_it_is_written(command, r
     assert (tmp_path / "thin").is_dir()
 
 
+@pytest.mark.thorough
 def test_a_changed_adapter_has_no_scores_of_the_adapter_before(command, runs, tmp_path):
     before = (runs / "lora/adapter/README.md").read_text()
     assert "model-index" in before
@@ -103,6 +105,7 @@ def test_a_card_with_damaged_metadata_is_refused(command, runs, tmp_path, head):
     assert not (tmp_path / "thin").exists()
 
 
+@pytest.mark.thorough
 def test_of_several_settings_the_best_on_validation_rows_is_written(command, runs, tmp_path):
     status, out, _ = command(
         "compress", runs / "lora", tmp_path / "best", "--density", "0.1,1", "--alpha", "1,fit"
@@ -122,6 +125,7 @@ def test_of_several_settings_the_best_on_validation_rows_is_written(command, run
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "q", ["auto", "dare", pytest.param("searched", marks=pytest.mark.thorough), "0.7"]
 )

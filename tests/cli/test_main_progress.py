@@ -39,6 +39,7 @@ def passes(monkeypatch):
     return seen
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_pass_of_a_command_is_shown(command, lora_run, tiny, tmp_path, passes):
     out = tmp_path / ("out.jsonl" if command.startswith("predict") else "out")

@@ -121,6 +121,7 @@ def test_an_interrupted_recovery_goes_on_with_the_same_command(lora_run, tmp_pat
     assert all(torch.equal(tensor, other[name]) for name, tensor in small.items())
 
 
+@pytest.mark.thorough
 def test_a_model_takes_its_rows_from_a_file(tiny, tmp_path):
     out, rows = tmp_path / "small", tiny.folder / "train.csv"
     words = ("data.task=causal_lm", "data.max_length=16", "train.batch_size=8")
@@ -178,6 +179,7 @@ torch.save(model(input_ids=ids).logits.detach(), "logits.pt")
 """
 
 
+@pytest.mark.thorough
 def test_the_lines_of_the_readme_load_unequal_widths_without_petl(lora_run, tmp_path):
     out = tmp_path / "small"
     words = ("--sparsity", 0.4, "--multiple", 4, "--recover", 0)

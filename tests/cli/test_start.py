@@ -133,6 +133,7 @@ def petl(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(code, cwd=folder, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.cells(10)
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_words_are_answered_without_torch(words, folder):
     done = petl(words, folder)
@@ -143,6 +144,7 @@ def test_wrong_words_are_answered_without_torch(words, folder):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("words", RIGHT)
 def test_help_and_lists_need_no_torch(words, folder):
     done = petl(words, folder)

@@ -50,6 +50,7 @@ def test_every_run_has_its_folder():
     assert set(NAMES) == set(compatibility_runs.RUNS)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_run_resumes_to_the_recorded_losses(workdir, name):
     assert_recorded_losses(resume(name, "run"), name)

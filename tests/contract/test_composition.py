@@ -117,6 +117,7 @@ def composed(tiny: testing.TinyModel, method: str, combination: str) -> PeftMode
     return model.train()
 
 
+@pytest.mark.cells(6)
 @pytest.mark.parametrize(("method", "combination", "model"), params())
 def test_combinations_train_save_and_load_or_raise_with_a_reason(
     method, combination, model, tmp_path

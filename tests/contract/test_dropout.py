@@ -16,6 +16,7 @@ WITH_DROPOUT = [
 ]
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(("name", "field"), WITH_DROPOUT)
 def test_dropout_acts_in_training_alone(name, field):
     case = own(name, models_of(name)[0])

@@ -71,6 +71,7 @@ def cases():
             yield pytest.param(case, checks, id=f"{name}-{base}", marks=marks)
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize(("case", "checks"), [*cases()])
 def test_a_method_trains_an_embedder(case: Case, checks: tuple[str, ...], tmp_path):
     for check in checks:

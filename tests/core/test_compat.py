@@ -41,6 +41,7 @@ def check_reloads(name: str, save: Callable[[PeftModel, Any], object], folder: A
         assert_close(logits(loaded, batch), logits(model, batch), 1e-5, f"logits, by {load}")
 
 
+@pytest.mark.cells(2)
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("embeddings", [True, "auto", False])
 @pytest.mark.parametrize("name", METHODS)

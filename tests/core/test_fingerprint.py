@@ -181,6 +181,7 @@ def test_tensors_that_are_not_complete_and_plain_have_no_digest():
 # Saving
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     "method", ["mola", "sparse", "binary", "corda", "lora", "dora", "ia3", "vera"]
 )
@@ -386,6 +387,7 @@ def test_a_wrapped_model_says_which_package_saved_it(method, tmp_path):
         shutil.rmtree(tmp_path / "saved")
 
 
+@pytest.mark.thorough
 def test_plain_peft_says_in_words_that_it_needs_petl(saved):
     script = "import sys, peft; peft.PeftConfig.from_pretrained(sys.argv[1])"
     line = [warm_python.without_peft(), "-c", script, str(saved)]

@@ -268,6 +268,7 @@ def test_the_values_of_a_config_are_checked():
 OWN = [n for n in adaptable("llama") if petl.method(n).own and n != "binary"]
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("name", OWN)
 def test_no_targets_means_the_default_ones(name):
     mos = {"r": 4, "equivalent_rank": 2, "private_rank": 1}

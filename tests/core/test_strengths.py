@@ -66,6 +66,7 @@ def first_adapted(model):
     return plain[name], lambda: outputs(model.base_model.model)[name]
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("case", FIELDS)
 def test_the_output_of_a_layer_is_base_plus_strength_times_update(case, tmp_path):
     model = wrapped(case)

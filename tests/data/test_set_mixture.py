@@ -118,6 +118,7 @@ def test_settings_of_the_files_have_the_task_of_the_mixture(sets):
     assert [own["task"] for own in settings["sets"].values()] == ["regression"] * 2
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("task", ["causal_lm", "question_answering"])
 def test_a_run_scores_each_set(families, tmp_path, task):
     words = families(task, "+method=lora", "train.steps=4", "train.eval_steps=2")
@@ -139,6 +140,7 @@ def test_a_run_scores_each_set(families, tmp_path, task):
     assert "tasks" not in saved, "new rows need no set"
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("task", "loss"), [("classification", "loss"), ("regression", "mse")])
 def test_the_frozen_model_and_its_probe_are_scored_on_each_set(tiny, sets, tmp_path, task, loss):
     sets["short"]["test_share"] = 0.5

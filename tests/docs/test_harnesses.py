@@ -72,6 +72,7 @@ def test_lm_evaluation_harness(name, fields, tmp_path, monkeypatch):
         assert scores() != pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("name", "reads_alone"), [("mola", True), ("adapter", True), ("mos", False)]

@@ -122,6 +122,7 @@ def test_several_adapters(tmp_path, monkeypatch):
     assert set(left["model"].peft_config) == {"legal"}
 
 
+@pytest.mark.thorough
 def test_train_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = code("train-together", "petl.train_together").replace('"steps": 300', '"steps": 2')

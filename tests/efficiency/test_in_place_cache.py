@@ -92,6 +92,7 @@ def check(model, inputs, count: int, **settings):
         assert all(keys.untyped_storage().nbytes() > keys.nbytes for keys in own)
 
 
+@pytest.mark.cells(4)
 @pytest.mark.every_cell
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", DECODERS)
@@ -99,11 +100,13 @@ def test_logits_of_a_padded_batch_are_those_of_the_usual_cache(family, attention
     check(decoder(family, attention), padded(), DECODERS[family][1])
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_of_an_encoder_decoder_self_attention_is_written_in_place(family):
     check(tiny_pair(family, max_position_embeddings=200), padded(), 2)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -118,11 +121,13 @@ def test_beams_and_several_answers_are_those_of_the_usual_cache(family, settings
     check(decoder(family), padded(6), DECODERS[family][1], tokens=90, **settings)
 
 
+@pytest.mark.thorough
 def test_prompt_lookup_crops_the_cache_and_writes_the_same():
     ids = torch.tensor([[5, 6, 7, 8] * 150])
     check(decoder("llama"), {"input_ids": ids}, 4, prompt_lookup_num_tokens=4)
 
 
+@pytest.mark.thorough
 def test_of_a_model_for_images_the_language_model_is_written_in_place():
     torch.manual_seed(0)
     model = llava()[0].eval()
@@ -144,6 +149,7 @@ def states(rows: int, tokens: int):
     return torch.rand(rows, 8, tokens, 64), torch.rand(rows, 8, tokens, 48)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_any_order_of_operations_leaves_what_the_usual_layer_has(seed):

@@ -138,6 +138,7 @@ def segmented(model, tokens):
     return other
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_the_models_own(name, head):

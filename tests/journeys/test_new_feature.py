@@ -95,6 +95,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_a_run_has_what_the_feature_adds(tiny: Tiny, package: Path):
     more = ["+thermometer.every=2", "+thermometer.strength=3", "train.steps=4"]
     words = [*WORDS, *tiny.classify, *more, "train.log_steps=1", f"train.run={package}/run"]

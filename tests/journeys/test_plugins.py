@@ -131,6 +131,7 @@ def test_a_method_without_a_yaml_is_told_which_file_to_write(loose, tmp_path):
     assert "name: diag\ntarget_modules: all-linear\nstrength: 1.0\n" in refused.stderr
 
 
+@pytest.mark.thorough
 def test_it_saves_loads_and_keeps_the_contract(installed, tmp_path):
     passed = output_of(["-c", LIBRARY, tmp_path / "adapter"], installed).split()
     assert len(passed) > 8

@@ -88,6 +88,7 @@ def test_the_run_gives_the_metric_of_its_task_to_a_sweeper(tiny, tmp_path):
         assert main()(cfg) == Finished(folder).scores["after"][metric]
 
 
+@pytest.mark.thorough
 def test_a_job_of_a_sweep_that_fails_does_not_stop_the_others(program, tiny, tmp_path):
     status, _, err = program("-m", *tiny.classify, "+method=mola", "method.top_k=9,2")
     assert status == 2

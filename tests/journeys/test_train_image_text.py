@@ -35,6 +35,7 @@ def runs(bases, chats, tmp_path_factory):
     return of
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_a_run_learns_adapts_the_language_model_alone_and_scores_again(runs, kind):
     run = runs(kind)

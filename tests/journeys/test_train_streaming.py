@@ -30,6 +30,7 @@ def streamed(families, task, *more):
     return [*words, *STREAM, *more]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["causal_lm", *LATER])
 def test_a_stopped_run_resumes_bit_exactly_over_several_passes(families, tmp_path, task):
     more = ["train.save_steps=3", "train.steps=16", "train.test=false"]

@@ -117,12 +117,14 @@ def test_a_language_model_trains_alike_if_it_computes_all_positions(run, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.cells(2)
 def test_eval_gives_the_scores_of_the_run(run):
     finished, _, _ = run
     again = saved_adapter.score(saved_adapter.find(finished.path))
     assert again == pytest.approx(finished.scores["after"], rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_eval_reads_texts_with_the_prompts_of_the_base(families, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(families.folder / "bert", base)
@@ -133,6 +135,7 @@ def test_eval_reads_texts_with_the_prompts_of_the_base(families, tmp_path):
     assert again == pytest.approx(run.scores["after"], rel=1e-6)
 
 
+@pytest.mark.cells(2)
 def test_it_merges_and_the_merged_model_scores_the_same(run, tmp_path):
     finished, _, _ = run
     found = saved_adapter.find(finished.path)
@@ -143,6 +146,7 @@ def test_it_merges_and_the_merged_model_scores_the_same(run, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token == "[PAD]"
 
 
+@pytest.mark.cells(2)
 def test_an_adapter_without_its_run_is_known_by_its_type(run, tmp_path):
     finished, _, _ = run
     alone = saved_adapter.find(finished.path / "adapter")
@@ -153,6 +157,7 @@ def test_an_adapter_without_its_run_is_known_by_its_type(run, tmp_path):
     merge(orphan, tmp_path / "free", None)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("task", ["question_answering", "seq2seq"])  # with a head and without
 def test_another_method_trains_it_and_becomes_a_plain_lora(families, tmp_path, task):
     run = train(families(task, "+method=mos", "method.r=4"), tmp_path / "run")
@@ -163,6 +168,7 @@ def test_another_method_trains_it_and_becomes_a_plain_lora(families, tmp_path, t
 
 
 # others: test_train_streaming.py, test_resume.py
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("run", ["multi_label", "retrieval", "seq2seq"], indirect=True)
 def test_a_stopped_run_resumes_bit_exactly(run, tmp_path):
     straight, _, words = run
@@ -173,6 +179,7 @@ def test_a_stopped_run_resumes_bit_exactly(run, tmp_path):
         assert torch.equal(resumed.adapter[name], tensor)
 
 
+@pytest.mark.cells(2)
 def test_micro_batches_give_the_gradient_of_the_whole_batch(run, tmp_path):
     finished, _, words = run
     pieces = train([*words, "train.micro_batch_size=3", "train.test=false"], tmp_path / "pieces")
@@ -182,6 +189,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(run, tmp_path):
         torch.testing.assert_close(pieces.adapter[name], tensor, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("task", ["causal_lm", "question_answering"])
 def test_it_can_be_planned_without_weights(families, task):
     plan = plan_run(compose(families(task, "+method=lora")))

@@ -28,6 +28,7 @@ def batch():
     return TINY_MODELS["llama"].batch()
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("fields", "bits"),
     [(LORA, 1), (MOS, 2), (MOS, 1), ({"r": 3}, 4), ({"r": 3, "use_bias": True}, 8)],
@@ -88,6 +89,7 @@ def vit_base(labels=100):
         return ViTForImageClassification(ViTConfig(num_labels=labels))
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -135,6 +137,7 @@ NAMES_COST = {  # overhead of the default adapter's file over codes and statisti
 }
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(("model", "bits"), zip(NAMES_COST, [1, 2, 4, 8], strict=True))
 def test_a_stacked_file_is_within_five_percent_of_its_bits(model, bits):
     adapted = petl.wrap(NAMES_COST[model][0](), "binary", bits=bits, save_format="stacked")
@@ -143,6 +146,7 @@ def test_a_stacked_file_is_within_five_percent_of_its_bits(model, bits):
     assert counted < size < 1.05 * counted
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     "fields",
     [

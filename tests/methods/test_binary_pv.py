@@ -175,6 +175,7 @@ def test_micro_batches_are_one_step(batch):
         torch.testing.assert_close(one.weight, two.weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "fields",
     [LORA, {**MOS, "bits": 2}, SCALES],

@@ -209,6 +209,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("method", "fields", "expected"), [row[1:] for row in PUBLISHED], ids=[r[0] for r in PUBLISHED]
 )

@@ -69,6 +69,7 @@ def reconfigured() -> nn.Module:
     return model
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     ("change", "field"),
     [

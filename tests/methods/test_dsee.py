@@ -325,6 +325,7 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode():
     assert torch.equal(y, expected)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("is_pruned", [False, True])
 def test_compiled_layer_computes_the_same(is_pruned):
     layer, model = layer_of(16, 24, r=2, num_sparse=5, target_prune_ratio=0.5)
@@ -633,6 +634,7 @@ DEPENDS_ON_MASKS = (
 )
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("check", DEPENDS_ON_MASKS)
 def test_contract_holds_while_weights_are_pruned(check):
     testing.run(check, PrunedCase("dsee", "llama", PRUNES))

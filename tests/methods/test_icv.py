@@ -335,6 +335,7 @@ def of_rank():
     return torch.cat(list(vectors(found).values())), bad
 
 
+@pytest.mark.thorough
 def test_two_processes_give_the_vectors_of_one():
     rows = list(zip(texts(5, 1), texts(5, 101), strict=True))
     expected = torch.cat(list(vectors(wrapped(calibration=[batch_of(rows)])).values()))

@@ -48,6 +48,7 @@ def start_of(layer: Any, kind: str, i: int) -> int:
     return int(layer.steps[1 if kind == "E" else 0, i])
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("order", "warmup"),
     [("allocate, step", 0), ("step, allocate", 2), ("lifecycle", 0), ("lifecycle", 2)],

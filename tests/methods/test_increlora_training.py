@@ -152,6 +152,7 @@ def trainer(model: PeftModel, folder: Path, *callbacks: TrainerCallback) -> Trai
     return Trainer(model, args, train_dataset=Rows(), callbacks=[petl.Callback(), *callbacks])
 
 
+@pytest.mark.thorough
 def test_ranks_grow_in_trainer_and_resuming_equals_an_uninterrupted_run(tmp_path):
     model = wrap(total_step=None)
     ranks = Ranks()

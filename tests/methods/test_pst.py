@@ -197,6 +197,7 @@ DEPENDS_ON_MASKS = (
 )
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize("check", DEPENDS_ON_MASKS)
 def test_contract_holds_while_weights_are_pruned(check):
     testing.run(check, PrunedCase("pst", "llama", CONTRACT["fields"]))
@@ -239,6 +240,7 @@ def test_merging_writes_exact_zeros_and_unmerging_the_original_bits():
     assert torch.equal(logits(plain, batch), expected)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("save_mask", "interval"), [(False, 1), (True, 3)])
 def test_resumed_in_mid_schedule_the_masks_are_those_of_a_straight_run(
     save_mask, interval, tmp_path
@@ -350,6 +352,7 @@ def test_autocast_leaves_scores_in_float32():
     assert all(t.grad.dtype == torch.float32 for t in factors)
 
 
+@pytest.mark.thorough
 def test_training_prunes_half_and_masks_of_micro_batches_are_made_once(monkeypatch):
     case = Case("pst", "llama", {"final_sparsity": 0.5, "target_modules": ["q_proj", "down_proj"]})
     model, batch = case.wrap().train(), case.batch()

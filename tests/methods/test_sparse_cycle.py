@@ -226,6 +226,7 @@ def test_a_recomputed_forward_counts_once(use_reentrant):
         torch.testing.assert_close(a.candidates.update, b.candidates.update)
 
 
+@pytest.mark.thorough
 def test_the_selection_does_not_depend_on_the_size_of_micro_batches():
     """Updates of 8 rows in 1, 2 and 8 pieces, and rows of different length."""
     data = batches(R + A, rows=8)

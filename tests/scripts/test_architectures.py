@@ -41,6 +41,7 @@ TWELVE = tuple(name for name in SLICE if name not in LATER)
 ROUTED = ("causal/gpt_oss", "causal/mamba", "image-text/llava")
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -92,6 +93,7 @@ def test_the_share_that_changes_is_counted_in_blocks():
     assert changed_share(base, merged) == pytest.approx(layer.numel() / blocks)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("name", "method", "reason"),
     [

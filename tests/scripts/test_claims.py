@@ -83,6 +83,7 @@ def test_mean_squares_are_those_of_a_loop():
     assert found.rest_square == pytest.approx(rest)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "spread",
     [

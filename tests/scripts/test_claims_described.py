@@ -18,6 +18,7 @@ from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_claim_can_be_tried(name, tmp_path, monkeypatch):
     claim = CLAIMS[name]

@@ -98,6 +98,7 @@ def assert_refused(folder: Path, match: str, load: Callable = petl.load) -> None
 # Tensors
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_cut_anywhere_is_refused(name, copied):
     folder = copied(name)
@@ -223,6 +224,7 @@ def test_sizes_that_the_file_does_not_justify_are_refused_before_they_are_alloca
 WRONG = ["x", "", -1, 1.5, True, None, [], {}, [[]], {"a": {}}, [1], float("nan"), 10**30, ["\0"]]
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_field_of_another_type_is_refused_or_used_but_never_a_traceback(name, folders, tmp_path):
     raw = json.loads((folders(name) / CONFIG).read_text())

@@ -167,6 +167,7 @@ KINDS = {
 }
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     "faults", [5, pytest.param(100, marks=[pytest.mark.thorough, pytest.mark.timeout(600)])]
 )

@@ -252,6 +252,7 @@ def formatted(value, suffix):
     return dump(value).encode("utf-8", "surrogatepass")
 
 
+@pytest.mark.cells(2)
 @settings(max_examples=settings().max_examples // 3)  # each takes tenths of a second
 @given(data=st.data())
 @pytest.mark.parametrize("name", STRUCTURED)

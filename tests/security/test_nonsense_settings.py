@@ -46,6 +46,7 @@ def test_any_words_are_composed_and_checked_or_refused(overrides):
     answered(lambda: read_config(compose(overrides)))
 
 
+@pytest.mark.thorough
 @settings(max_examples=settings.default.max_examples // 2)  # each is a plan of a run
 @given(runs())
 def test_any_settings_of_a_run_are_planned_or_refused(tiny, overrides):  # noqa: F811

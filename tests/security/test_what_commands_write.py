@@ -73,6 +73,7 @@ def test_no_folder_that_holds_anything_else_is_written(run, tmp_path, command, c
         assert content(tmp_path) == before, what
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "words",
     [

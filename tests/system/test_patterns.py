@@ -11,6 +11,7 @@ NAMES = [f"model.layers.{i}.first_projection_of_all_of_the_inputs" for i in rang
 ENDLESS = "(.+)+!"
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     "config",
     [

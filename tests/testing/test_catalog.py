@@ -121,6 +121,7 @@ def test_a_field_without_effect_is_noticed(monkeypatch):
         testing.run("every_field_acts", LLAMA)
 
 
+@pytest.mark.thorough
 def test_an_idle_field_that_acts_is_noticed():
     case = replace(LLAMA, idle={"r": "no reason"})
     with pytest.raises(AssertionError, match=r"r=.* acts, and the case calls it idle"):
@@ -333,6 +334,7 @@ def test_a_check_without_its_package_is_skipped_with_an_install_line(check, monk
     assert reason in [mark.kwargs.get("reason") for mark in param.marks if mark.name == "skip"]
 
 
+@pytest.mark.thorough
 def test_pytest_reports_a_check_without_its_package_as_skipped(tmp_path):
     (tmp_path / "test_skip.py").write_text(
         "from petl import testing\n"

@@ -248,6 +248,7 @@ def in_a_process():
     return reductions, start, [p.detach() for p in copied.parameters()], full
 
 
+@pytest.mark.thorough
 def test_two_processes_train_as_one_does():
     alone = network()
     begun = [p.detach().clone() for p in alone.parameters()]
@@ -286,6 +287,7 @@ def test_a_run_decays_towards_its_start_and_resumes_bit_exactly(tiny, tmp_path):
     assert_same_course(resumed, whole, atol=0)
 
 
+@pytest.mark.thorough
 def test_a_plan_counts_the_reference(tiny):
     plain = plan_run(compose([*tiny.steady, "+method=lora"])).memory
     ours = plan_run(compose([*tiny.steady, *DECAYING])).memory

@@ -62,6 +62,7 @@ def test_the_largest_size_is_that_of_trying_all(count, budget):
     assert largest(count, budget) == max(fits)
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("name", SIZED)
 def test_the_budget_is_spent_but_for_less_than_a_rank(name):
     budget = 10 * LORA_RANK
@@ -130,6 +131,7 @@ def test_increlora_grows_up_to_the_budget_and_not_above_it():
     assert budget - smallest < adapter_parameters(model) <= budget
 
 
+@pytest.mark.thorough
 def test_a_trained_head_is_not_part_of_the_budget(tiny: Tiny):
     chosen = ["+method=lora", "train.budget=2000"]
     with_head = plan_run(compose([*tiny.steady, *chosen, "method.modules_to_save=null"]))

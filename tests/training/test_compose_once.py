@@ -48,6 +48,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composed_once, "KEPT", {})
 
 
+@pytest.mark.cells(3)
 @pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 def test_a_composition_equals_that_of_hydra_at_first_and_later(words):

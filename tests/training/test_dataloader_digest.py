@@ -51,6 +51,7 @@ def dataset(*names: str, repeats: int = 1) -> Dataset:
     return Dataset.from_dict(values, Features({name: kind for name, (_, kind) in columns.items()}))
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_column_is_hashed_as_the_format_has_it(name):
     rows = dataset(name)

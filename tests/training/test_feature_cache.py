@@ -107,6 +107,7 @@ def other_rows(job):
     job.splits = replace(job.splits, **parts)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("change", [changed_weight, changed_config, other_rows])
 def test_what_changes_them_has_them_computed(tiny, change):
     Job(tiny).probe()

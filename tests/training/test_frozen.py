@@ -33,6 +33,7 @@ def losses(run):
     return [line["loss"] for line in run.metrics if "loss" in line]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "more",
     [
@@ -74,6 +75,7 @@ def test_validation_and_the_linear_probe_read_the_store(tiny, tmp_path, cache, p
     assert len(stores(cache)) == 3
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_reads_the_store_and_ends_at_the_same_digits(tiny, tmp_path, cache):
     common = [*tiny.steady, *TOP, "train.save_steps=4"]
     whole = train(common, tmp_path / "whole")
@@ -118,6 +120,7 @@ def test_two_processes_read_one_store(tiny, tmp_path, cache):
     assert_same_course(two, one, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_auto_leaves_a_model_with_dropout_as_it_is(tiny, tmp_path, cache, petl_log):
     common = [*tiny.classify, *TOP]
     auto, plain = train(common, tmp_path / "auto"), train([*common, OFF], tmp_path / "plain")

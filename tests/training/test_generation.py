@@ -41,6 +41,7 @@ def written(model, tokenizer, row, most):
     return tokenizer.decode(made[0, 1 if pair else prompt.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("task", ["causal_lm", "seq2seq"])
 def test_scores_are_those_of_answers_written_one_by_one(families, task, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path))

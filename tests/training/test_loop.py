@@ -84,6 +84,7 @@ def test_the_loop_does_what_a_loop_written_by_hand_does(tiny, tmp_path):
 # Any split of the same rows
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("task", "method"), [("steady", "lora"), ("complete", "mola")])
 def test_micro_batches_of_any_size_train_like_the_whole_batch(tiny, tmp_path, task, method):
     common = [*getattr(tiny, task), f"+method={method}", "train.steps=4", "train.log_steps=1"]
@@ -98,6 +99,7 @@ def test_micro_batches_of_any_size_train_like_the_whole_batch(tiny, tmp_path, ta
             assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "settings",
     [["train.buckets=4", "train.max_tokens=64"], ["train.batch_sizes={6: 11, 8: 8, 12: 5}"]],
@@ -138,6 +140,7 @@ def without_most_labels(monkeypatch):
     monkeypatch.setattr(CausalLM, "collate", masking)
 
 
+@pytest.mark.thorough
 def test_a_micro_batch_without_labels_counts_nothing(tiny, tmp_path, monkeypatch):
     without_most_labels(monkeypatch)
     common = [*tiny.complete, "+method=lora", "train.steps=8"]
@@ -198,6 +201,7 @@ def test_training_lowers_the_loss_and_raises_the_score(tiny, tmp_path):
     assert run.scores["after"]["accuracy"] > run.scores["before"]["accuracy"] + 0.2
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("kind", ["true", "reentrant"])
 def test_gradient_checkpointing_changes_losses_by_rounding_only(tiny, tmp_path, kind):
     common = [*tiny.complete, "+method=lora"]
@@ -206,6 +210,7 @@ def test_gradient_checkpointing_changes_losses_by_rounding_only(tiny, tmp_path, 
     assert_same(plain, saving, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.thorough)])
 def test_a_segmented_loss_trains_alike(tiny, tmp_path, precision):
     common = [*tiny.complete, "+method=mola", f"train.precision={precision}"]
@@ -218,6 +223,7 @@ def test_a_segmented_loss_trains_alike(tiny, tmp_path, precision):
         assert_same(whole, found, **tolerance)
 
 
+@pytest.mark.thorough
 def test_a_bf16_model_and_bf16_products_learn_as_float32_does(tiny, tmp_path):
     common = [*tiny.steady, "+method=lora", "train.steps=20", "train.log_steps=20"]
     exact = train(common, tmp_path / "exact").metrics[0]["loss"]
@@ -239,6 +245,7 @@ def test_a_log_line_is_the_mean_of_the_steps_since_the_last(tiny, tmp_path):
     assert pairs[2]["loss"] == pytest.approx(each[4]["loss"], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_line_of_more_steps_than_are_kept_is_the_mean_of_the_last(tiny, tmp_path, monkeypatch):
     common = [*tiny.steady, "+method=lora", "train.steps=7", "train.score_before=false"]
     each = train([*common, "train.log_steps=1"], tmp_path / "each").metrics

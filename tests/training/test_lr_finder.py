@@ -121,6 +121,7 @@ METHODS = {
 }
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_model_is_restored_exactly(tiny, tmp_path, name):
     found = assert_search_leaves_no_trace(tiny, tmp_path, f"+method={name}", *METHODS[name])
@@ -139,6 +140,7 @@ def test_a_resumed_run_takes_the_learning_rate_from_its_scores(petl_log):
     assert "learning rate 0.02: a rule" in petl_log.text
 
 
+@pytest.mark.thorough
 def test_a_run_class_by_class_is_tested_on_all_of_them(tiny, tmp_path, monkeypatch):
     seen, load = set(), lr_finder.load_on_cpu
 
@@ -154,6 +156,7 @@ def test_a_run_class_by_class_is_tested_on_all_of_them(tiny, tmp_path, monkeypat
     assert seen == {0, 1, 2}
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_whose_scores_were_deleted_finds_the_same_rate(tiny, tmp_path):
     words = [*tiny.steady, "+method=lora", *SEARCH, "train.steps=4", "train.save_steps=2"]
     run = train(words, tmp_path / "run")

@@ -71,6 +71,7 @@ def test_bad_input_ends_the_program_with_one_message(typed, tmp_path, words, mes
     check(*typed(*words), message, tmp_path)
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(("words", "message"), READ, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_data_or_model_leaves_nothing_behind(
     typed, tiny, tmp_path, words, message
@@ -79,6 +80,7 @@ def test_what_does_not_fit_data_or_model_leaves_nothing_behind(
     check(*typed(*tiny.classify, *method, *words), message, tmp_path)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -52,6 +52,7 @@ def logits(model):
         return model.eval()(input_ids=torch.arange(4, 12)[None]).logits
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_compressed_adapter_loads_and_expands(name, folders, tmp_path):
     folder = folders(name)

@@ -55,6 +55,7 @@ def loaded(folder, **more):
     return petl.load(testing.tiny_llama(), folder, **more)
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("scale", ["full", "width"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_narrowed_adapter_is_the_width(case, scale, tmp_path):

@@ -29,6 +29,7 @@ def llama4():
 LLAMA4 = TinyModel("llama4", llama4, causal_batch, "CAUSAL_LM", True)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("method", FIELDS)
 @pytest.mark.parametrize("base", ["qwen3_moe", "gpt_oss", pytest.param(LLAMA4, id="llama4")])
 @pytest.mark.parametrize("targets", ["block-linear", ["experts.down_proj"]], ids=str)

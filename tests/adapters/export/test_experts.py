@@ -29,6 +29,7 @@ def saved_on(name: str, folder: Path, **fields):
     return find(folder / "adapter"), y
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_exports_and_merged_checkpoints_have_the_outputs_of_the_adapter(name, tmp_path, device):
     if device == standin.NAME:

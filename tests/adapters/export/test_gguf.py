@@ -92,6 +92,7 @@ PLACES = {
 }
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
@@ -143,6 +144,7 @@ def test_a_file_that_holds_something_else_is_not_kept(llama, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_what_llama_cpp_cannot_hold_is_refused(llama, tmp_path):
     def refused(name, message, **fields):
         saved = adapter_of(llama, name, tmp_path / f"{name}{len(fields)}", **fields)
@@ -190,6 +192,7 @@ def greedy(model, prompt, length):
     return made[0, len(prompt) :].tolist()
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("family", DECODERS)
 def test_llama_cpp_continues_as_petl_does(family, llama_cpp: Answer, tmp_path):
     """Tiny random decoders: each tensor of the adapter is at its place."""

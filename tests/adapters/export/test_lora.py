@@ -114,6 +114,7 @@ def test_a_lora_of_pefts_own_is_copied_and_compared(lora_run, tmp_path):
     assert written.difference.effect > 0
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -201,6 +202,7 @@ def test_a_head_of_several_layers_is_exported_completely(tmp_path):
     assert heads == {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["test_pair", "vera"])
 def test_a_conv1d_base_is_supported(name, tmp_path):
     config = GPT2Config(

@@ -50,6 +50,7 @@ def test_a_merged_model_is_a_plain_one_with_the_same_outputs(lora_run, tmp_path)
     assert written.difference.effect > 0.01
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("method", "write"), [("lora", merge), ("test_pair", export_lora)])
 def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
     tiny, tmp_path, caplog, method, write
@@ -158,6 +159,7 @@ def test_padding_counts_as_no_token_with_the_same_highest_logit():
     assert compare(given, other, 0.0).relative == 2  # |x - (-x)| / |x|
 
 
+@pytest.mark.thorough
 def test_a_bf16_base_merges_within_its_own_tolerance_and_exactly_in_float32(tiny, tmp_path):
     run = train([*tiny.steady, "+method=lora", "model.dtype=bfloat16"], tmp_path / "run")
     written = merge(find(run.path), tmp_path / "out", None)
@@ -170,6 +172,7 @@ def test_a_bf16_base_merges_within_its_own_tolerance_and_exactly_in_float32(tiny
     assert exact.difference.relative < 1e-5
 
 
+@pytest.mark.thorough
 def test_a_language_model_is_scored_and_merged(tiny, tmp_path):
     run = train([*tiny.complete, "+method=lora"], tmp_path / "run")
     assert score(find(run.path)) == pytest.approx(run.scores["after"], abs=1e-6)

@@ -93,6 +93,7 @@ def test_densities_within_a_share_of_the_bytes(command, runs, tmp_path):
     assert status == 0, err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["lora", pytest.param("corda", marks=pytest.mark.thorough)])
 def test_ranks_become_a_lora_with_a_rank_for_each_layer(command, runs, tmp_path, name):
     whole = tmp_path / "whole"
@@ -127,6 +128,7 @@ def test_the_reference_has_the_precision_of_the_candidates(command, tiny, tmp_pa
     assert record_of(tmp_path / "s")["even_fitness"] == 0
 
 
+@pytest.mark.thorough
 def test_bits_are_those_of_the_pattern_in_the_config(command, runs, tmp_path):
     own = (runs / "binary/adapter" / WEIGHTS).stat().st_size
     status, _, err = command(
@@ -155,6 +157,7 @@ def course(folder):
     return [(each["state"], each["fitness"]) for each in history]
 
 
+@pytest.mark.thorough
 def test_a_search_is_resumed_after_an_interrupt_and_equals_an_unbroken_one(
     command, runs, tmp_path, monkeypatch
 ):

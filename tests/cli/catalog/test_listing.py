@@ -67,6 +67,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
+@pytest.mark.thorough
 def test_a_changed_yaml_is_counted_again(configs, caplog, monkeypatch):
     monkeypatch.setattr("petl.methods.BUILT_IN", ("lora", "mola"))  # all would take seconds
 

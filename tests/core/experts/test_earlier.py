@@ -143,6 +143,7 @@ EARLIER = {  # family, targets, fields, layers without
 }
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("case", EARLIER)
 def test_a_lora_of_transformers_4_computes_as_its_base_with_the_updates_added(case, tmp_path):
     family, targets, fields, without = EARLIER[case]

@@ -94,6 +94,7 @@ def adapted(model) -> set[str]:
     return {n.removeprefix("base_model.model.") for n in testing.tuner_layers(model)}
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("method", ["lora", "mola"])
 @pytest.mark.parametrize("build", [llama4, phimoe, deepseek_v4])
 def test_a_preset_takes_no_layer_that_computes_something_else(build, method):

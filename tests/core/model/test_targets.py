@@ -63,6 +63,7 @@ def in_each_block(model_name: str, names: tuple[str, ...]) -> set[str]:
     return {f"{STACK[model_name]}.{block}.{name}" for block in blocks for name in names}
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("model", BLOCKS)
 def test_presets_find_their_modules(model):
     attention, mlp = in_each_block(model, ATTENTION[model]), in_each_block(model, MLP[model])
@@ -419,6 +420,7 @@ def convolutional():
     return MobileNetV1ForImageClassification(config).eval()
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "loha", "lokr", "oft"])
 @pytest.mark.parametrize("given", [{}, {"target_modules": "block-linear"}])
 def test_a_model_without_linear_layers_has_adapters_on_its_convolutions(method, given):

@@ -41,6 +41,7 @@ def alone(model, batch, row, name):
     return testing.logits(model, own)[0]
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_networks_of_one_form_are_computed_together(form):
     case, model = model_of(form, "one", "two", "three")

@@ -178,6 +178,7 @@ class Ours:
         self.enable = self.tuner._enable_adapter_layers
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("method", METHODS)
 def test_trainable_and_active_adapters_are_the_same_as_with_pefts_functions(method):
     _, model = crowd(method, 5)
@@ -208,6 +209,7 @@ def test_trainable_and_active_adapters_are_the_same_as_with_pefts_functions(meth
         assert set(ours.model.state_dict()) == set(theirs.model.state_dict())
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("method", METHODS)
 def test_adding_an_adapter_does_not_change_what_trains(method):
     case, model = crowd(method, 3)

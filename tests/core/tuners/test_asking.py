@@ -78,6 +78,7 @@ def test_a_sum_of_loras_is_that_of_their_dense_updates(combination):
     assert_close(logits(model, BATCH), expected, 1e-5, "logits of the sum")
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", MERGING)
 def test_several_adapters_merge_to_the_sum_of_their_dense_updates(name):
     model = with_two(name)

@@ -34,6 +34,7 @@ def saved(base, folder, name, **fields):
     return testing.logits(model, BATCH)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["adapter", "sparse", "mola"])
 def test_transformers_loads_adapters_without_shared_tensors(name, base, tmp_path):
     expected = saved(base, tmp_path, name)
@@ -44,6 +45,7 @@ def test_transformers_loads_adapters_without_shared_tensors(name, base, tmp_path
     assert torch.allclose(testing.logits(added, BATCH), expected, atol=1e-6)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("name", "fields", "reason"),
     [

@@ -78,6 +78,7 @@ def test_experts_have_ten_steps(place, caplog):
     assert "2 of 6 trained tensors got no gradient" in caplog.text
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     "method",
     ["lora", "dora", "vera", "mola", "pst", "sparse", "increlora", "dsee", "pela", "adapter"],

@@ -86,6 +86,7 @@ def test_a_template_of_any_length_or_syntax_is_answered():
         check_template("{{ ", "it") or check_template("{{ ~", "it") or check_template("{{ ')", "it")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "template",
     [

@@ -91,6 +91,7 @@ def test_the_tokens_with_loss_are_the_answers_and_no_others(mixed, kind):
     assert found == sorted(expected)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_what_the_processor_makes_of_its_rows(mixed, kind):
     """Batches of any rows: the model's loss is that of each row alone."""

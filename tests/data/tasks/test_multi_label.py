@@ -219,6 +219,7 @@ def test_a_threshold_between_steps_is_refused(tmp_path, threshold):
 # A run
 
 
+@pytest.mark.thorough
 def test_a_run_chooses_the_threshold_on_validation_rows(tiny, tmp_path, capsys):
     words = ["apple", "bread", "cheese"]
     rows = []

@@ -82,6 +82,7 @@ def of_two_blocks(name):
     return replace(case, model=TWO_BLOCKS)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", OWN_AND_OTHERS)
 def test_every_method_is_decoded_as_without_drafts(name):
     case = of_two_blocks(name)
@@ -153,6 +154,7 @@ def test_adapters_that_are_switched_between_calls(name):
         assert torch.equal(drafted(model), generated(case.base(), 1))
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "fields",
     [

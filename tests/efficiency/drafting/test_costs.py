@@ -139,6 +139,7 @@ class Slow(Oracle):
         return super().draft(root, budget)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("seconds", "switch", "rounds"),
     [

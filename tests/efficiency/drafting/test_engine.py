@@ -69,6 +69,7 @@ def generated(model, ids, **settings):
     return found, float(torch.rand(()))
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize(
     ("family", "settings"),
     [*zip(cycle(DECODERS), SETTINGS), *((family, "top-k-p") for family in [*DECODERS][:2])],

@@ -376,6 +376,7 @@ QUICK = {("llama", fields) for fields in ("recurrent", "own head", "prefix")}
 QUICK |= {("gpt2", "sequential"), ("gpt2", "prefix"), ("qwen", "parallel")}
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("family", "fields", "sampled"),
     [
@@ -401,6 +402,7 @@ def test_the_answer_is_that_of_plain_decoding(family, fields, sampled):
         assert torch.equal(found, plain)
 
 
+@pytest.mark.thorough
 def test_a_prefix_reads_on_after_rounds_without_drafts(model):
     ids = prompt(1)
     guess = randomized(drafter("hydra", model=model, prefix=True, template=TEMPLATE))

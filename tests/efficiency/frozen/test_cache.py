@@ -212,6 +212,7 @@ def test_autocast_reads_what_it_computed_and_nothing_else(tmp_path):
         assert cache.reason == "the precision is another one than that of the store"
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("kind", [None, True, "reentrant"])
 def test_trainer_reads_the_store_with_every_kind_of_checkpointing(kind, tmp_path):
     results = []

@@ -148,6 +148,7 @@ def test_amounts_of_memory_have_units(text, number):
     assert bytes_of(text) == number
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("words", "memory", "message"),
     [

@@ -87,6 +87,7 @@ def test_an_evaluation_needs_weights_optimizer_and_a_forward_pass():
     assert replace(MEMORY, scoring=None).scoring_total is None
 
 
+@pytest.mark.thorough
 def test_the_time_of_a_plan_with_a_store_is_that_of_its_parts(tiny: Tiny, monkeypatch):
     monkeypatch.setattr("petl.experiments.planning.cost.products_per_second", lambda *_: 1.0)
     # fewer steps than an epoch has: the store is filled for all rows nevertheless

@@ -23,6 +23,7 @@ def test_whether_a_method_takes_mixed_batches_is_found_without_values(case, expe
         assert takes_mixed_batches(model) is expected
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "aria"])
 def test_experts_run_on_shapes_with_and_without_adapters(name, capfd):
     # the other block keeps its own forward pass, whose product torch has not for these tensors

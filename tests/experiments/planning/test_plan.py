@@ -61,6 +61,7 @@ def on_meta() -> BertForSequenceClassification:
         return BertForSequenceClassification(bert_config()).eval()
 
 
+@pytest.mark.thorough
 def test_frozen_blocks_are_planned_with_the_size_of_their_store_and_what_it_saves(tiny):
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
     planned = plan(tiny, *words)
@@ -188,6 +189,7 @@ def test_the_plan_equals_what_the_run_does(tiny, tmp_path):
     assert planned.saved == sum(tensor.numel() for tensor in finished.adapter.values())
 
 
+@pytest.mark.thorough
 def test_the_plan_of_a_stream_of_classes_counts_its_repeats(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))  # of the run's store
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=null"]
@@ -206,6 +208,7 @@ def test_the_plan_has_the_rates_that_a_method_sets():
     assert planned == {(1e-4, sum(p.numel() for p in model.parameters() if p.requires_grad))}
 
 
+@pytest.mark.thorough
 def test_the_plan_has_the_steps_of_a_token_budget_and_their_padding(tiny, tmp_path):
     overrides = ["+method=lora", "train.steps=null", "train.epochs=1"]
     overrides += ["train.buckets=4", "train.max_tokens=64"]
@@ -240,6 +243,7 @@ def test_targets_are_counted_by_their_place_in_a_layer(tiny):
     assert planned.targets[0].example == "bert.encoder.layer.0.attention.self.query"
 
 
+@pytest.mark.thorough
 def test_a_wrapping_method_is_planned_with_the_yaml_of_the_inner_one(tiny):
     rate = "train.lr=1e-3"  # else each has the rate that suits it
     inner = plan(tiny, "+method=lora", rate)
@@ -255,6 +259,7 @@ def test_head_and_adapter_are_counted_separately(tiny):
     assert (head.role, head.parameters) == ("head", 32 * 3 + 3)
 
 
+@pytest.mark.thorough
 def test_weights_gradients_and_moments_take_four_bytes_per_value(tiny):
     memory = plan(tiny, "+method=lora", "train.micro_batch_size=4").memory
     trained = sum(g.parameters for g in plan(tiny, "+method=lora").groups)
@@ -264,6 +269,7 @@ def test_weights_gradients_and_moments_take_four_bytes_per_value(tiny):
     assert plan(tiny, "+method=lora").memory.gradients == 0
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("method", "tensors", "meaning"),
     [
@@ -279,6 +285,7 @@ def test_the_optimizer_that_a_method_needs_is_planned(tiny, method, tensors, mea
     assert planned.memory.optimizer_state == meaning
 
 
+@pytest.mark.thorough
 def test_sm3_has_two_vectors_for_each_weight_and_adamw_the_head(tiny):
     words = ["+method=sparse", "method.selection_algorithm=sm3", "method.target_modules=[query]"]
     alone = plan(tiny, *words)
@@ -288,6 +295,7 @@ def test_sm3_has_two_vectors_for_each_weight_and_adamw_the_head(tiny):
     assert plan(tiny, *words, "+launch=fsdp").memory.optimizer == alone.memory.optimizer
 
 
+@pytest.mark.thorough
 def test_bf16_base_halves_its_weights_but_not_the_adapter(tiny):
     whole, half = (plan(tiny, "+method=lora", *w) for w in ([], ["model.dtype=bfloat16"]))
     trained = 4 * sum(group.parameters for group in whole.groups)
@@ -298,6 +306,7 @@ def test_bf16_base_halves_its_weights_but_not_the_adapter(tiny):
     )
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("name", "fused"), [("lora", False), ("lora", True), ("mola", False), ("ia3", False)]
 )
@@ -326,6 +335,7 @@ def test_a_pass_without_data_needs_the_memory_of_a_real_one(name, fused, checkpo
     assert (planned.kept, planned.peak) == (kept, live.peak)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("trained", [False, True])
 def test_segments_of_the_loss_need_the_memory_of_a_real_pass(trained):
     config = llama_config()

@@ -156,6 +156,7 @@ def test_passes_that_read_a_store_are_those_of_the_upper_blocks():
         assert "before training: 34 % of" in by_setting(savings(unused, []))[both].saves
 
 
+@pytest.mark.thorough
 def test_a_plan_says_what_a_setting_leaves_and_the_plan_with_it_has_that(tiny: Tiny):
     words = ["train.steps=14"]
     now = plan(tiny, *words)
@@ -173,6 +174,7 @@ def test_a_plan_says_what_a_setting_leaves_and_the_plan_with_it_has_that(tiny: T
     assert not [s for s in by_setting(upper.cheaper) if "layers_to_transform" in s]
 
 
+@pytest.mark.thorough
 def test_positions_that_nothing_reads_are_proposed_to_be_left_out(tiny: Tiny):
     now, all_read = plan(tiny), plan(tiny, "train.skip_unread=false")
     fewer = 100 * (1 - now.memory.pass_.operations / all_read.memory.pass_.operations)
@@ -181,6 +183,7 @@ def test_positions_that_nothing_reads_are_proposed_to_be_left_out(tiny: Tiny):
     assert "train.skip_unread=true" not in by_setting(now.cheaper)
 
 
+@pytest.mark.thorough
 def test_frozen_blocks_are_proposed_to_be_kept_where_that_pays(tiny: Tiny):
     words = ["method.layers_to_transform=top:1", "train.steps=14"]
     kept = plan(tiny, *words)
@@ -196,6 +199,7 @@ def test_frozen_blocks_are_proposed_to_be_kept_where_that_pays(tiny: Tiny):
     assert proposed.result == "no dropout below block 1"
 
 
+@pytest.mark.thorough
 def test_runs_with_small_steps_are_proposed_to_train_together_in_a_sweep(tiny: Tiny):
     small = plan(tiny, "train.batch_size=2", "train.buckets=null")
     together = [s for s in small.cheaper if s.setting.startswith("train.together=")]

@@ -49,6 +49,7 @@ def test_the_sign_test_is_that_of_scipy(one, other):
     assert sign_test(one, other) == sign_test(other, one) == pytest.approx(expected)
 
 
+@pytest.mark.thorough
 def test_the_sign_test_of_many_examples_is_exact_and_quick():
     assert sign_test(0, 0) == sign_test(50_000, 50_000) == 1.0
     assert 0 < sign_test(50_600, 49_400) < 0.001

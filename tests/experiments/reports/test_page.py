@@ -87,6 +87,7 @@ def test_values_are_escaped():
     assert ">&lt;script&gt;</p>" in page
 
 
+@pytest.mark.thorough
 def test_matplotlib_is_imported_only_to_draw():
     code = "import sys, petl.experiments.reports.run_report; print('matplotlib' in sys.modules)"
     assert fresh(code, python=warm_python.without_peft()) == "False\n"

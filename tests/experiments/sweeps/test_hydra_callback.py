@@ -59,6 +59,7 @@ def first_and_last(space):
     return [{key: both[end] for key, both in ends.items()} for end in (0, -1)]
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_of_an_agent_composes_into_the_values_it_proposes(name):
     sweep = sweep_of(name)
@@ -200,6 +201,7 @@ def test_two_workers_share_the_jobs_of_a_grid(tiny, tmp_path):
     assert "skipped: " in told
 
 
+@pytest.mark.thorough
 def test_a_grid_with_a_failed_run_reports_the_best_of_the_others(program, tiny, tmp_path):
     words = ["-m", *tiny.classify, *HELD_OUT, "+method=lora", "method.r=-1,2"]
     err = program(*words, status=2)
@@ -235,6 +237,7 @@ def test_an_optuna_search_adds_to_its_storage_and_reports_the_best_of_all_trials
     assert "\x1b" not in "".join(said)  # no colours: this is no terminal
 
 
+@pytest.mark.thorough
 def test_a_search_without_a_finished_run_ends_in_one_line(program, tiny):
     pytest.importorskip("optuna")
     words = [*tiny.classify, "+search=lora", "hydra.sweeper.n_trials=1", "method.r=choice(-1,-2)"]
@@ -267,6 +270,7 @@ def test_a_trial_that_another_worker_has_does_not_end_the_search(
     assert [trial.value for trial in study.trials] == [None, score]
 
 
+@pytest.mark.thorough
 def test_a_search_in_the_wrong_direction_or_with_several_processes_is_refused(
     program, tiny, monkeypatch
 ):
@@ -280,6 +284,7 @@ def test_a_search_in_the_wrong_direction_or_with_several_processes_is_refused(
     assert "WORLD_SIZE=2: Optuna would propose different values" in err
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("search", "again"),
     [

@@ -214,6 +214,7 @@ def scored(monkeypatch) -> dict[float, float | None]:
     return table
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("scores", "tried", "taken"),
     [
@@ -245,6 +246,7 @@ SEEDS = [  # validation scores of three seeds at 1e-4, 1e-3, 1e-2, and the rate 
 ]
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(("scores", "taken"), SEEDS)
 def test_a_rate_is_chosen_by_three_seeds_and_the_lower_of_equals(
     tiny, tmp_path, monkeypatch, caplog, scores, taken
@@ -311,6 +313,7 @@ def test_a_folder_of_another_study_is_refused(tiny, tmp_path, faked):
         other.run()
 
 
+@pytest.mark.thorough
 def test_a_study_of_several_data_sets_resumes(tiny, tmp_path, made):
     rows = f"train:{tiny.folder}/train.csv,test:{tiny.folder}/test.csv,max_length:16"
     sets = f"data.sets={{one:{{data:files,{rows}}},two:{{data:files,{rows}}}}}"

@@ -35,6 +35,7 @@ def settings(*words):
     return compose(["+drafter=hydra", *QUICK, *words], "draft")
 
 
+@pytest.mark.thorough
 def test_a_drafter_is_trained_written_and_used_behind_lookup(writers, file):
     folder = writers.folder / "lora"
     try:
@@ -79,6 +80,7 @@ def test_a_drafter_is_trained_written_and_used_behind_lookup(writers, file):
         remove(folder / "drafter")
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("source", ["decode", "answers"])
 def test_a_table_is_filled_and_used_behind_lookup(writers, file, source):
     folder = writers.folder / "lora"
@@ -118,6 +120,7 @@ def test_the_source_is_that_of_tables(writers, file):
         train_drafter(writers.folder / "lora", settings("draft.source=texts"))
 
 
+@pytest.mark.thorough
 def test_fewer_prompts_than_wanted_are_divided(writers, file, caplog):
     folder = writers.folder / "mola"
     try:

@@ -36,6 +36,7 @@ def by_hand(model, name, text, count):
     return model.tokenizer.decode(ids[prompt:], skip_special_tokens=True)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["lora", "mola"])
 def test_an_answer_is_what_greedy_decoding_gives(writers, name):
     model = writers.load(name)
@@ -115,6 +116,7 @@ def test_a_batch_gives_the_answers_of_single_prompts(writers):
         assert [answer.text for answer in batch] == answers(model, "default")
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["lora", "mola", "t5-lora"])
 def test_prompt_lookup_gives_the_same_answers(writers, name):
     model = writers.load(name)

@@ -24,6 +24,7 @@ def answers(model, sampling, stats=None):
         return [model.answer([model.encode(p)], sampling, stats=stats)[0] for p in PROMPTS]
 
 
+@pytest.mark.thorough
 def test_drafts_change_no_answer(writers):
     plain = load_language_model(writers.folder / "mola", drafting="none")
     assert plain.drafter is None

@@ -90,6 +90,7 @@ def test_an_adapter_reads_prompts_as_it_has_learned(writers, tmp_path):
         assert model.tokenizer.decode(model.encode("Hi")) == prompt
 
 
+@pytest.mark.thorough
 def test_a_run_reads_the_columns_and_system_prompt_that_it_has_learned_from(families, tmp_path):
     words = ["+method=lora", r"data.system=very\nold", "train.steps=1", "train.eval_steps=null"]
     quick = ["train.validation_share=null", "train.linear_probe=false"]

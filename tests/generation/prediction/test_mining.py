@@ -72,6 +72,7 @@ def expected(run, k, margin=None, skip=0):
     return found
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("options", "settings"),
     [

@@ -14,6 +14,7 @@ from petl.training.runs.records import PREDICTIONS
 pytest_plugins = ["media_fixtures", "training_fixtures"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["images", pytest.param("audio", marks=pytest.mark.thorough)])
 def test_files_are_predicted_as_in_the_run(kind, pictures, sounds, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))

@@ -25,6 +25,7 @@ def texts(tmp_path):
     return file
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["lora", "mola", "t5-lora"])
 def test_the_result_is_that_of_the_function(name, writers, texts, tmp_path, capsys):
     out = tmp_path / "out"
@@ -88,6 +89,7 @@ def test_a_chat_adapter_reads_plain_text_without_its_template(families, texts, t
     assert found["tokens"] == sum(len(end_text(each, end)) - 1 for each in ids)
 
 
+@pytest.mark.thorough
 def test_strength_is_a_dial_of_a_finished_run(families, texts, tmp_path, capsys):
     words = families("causal_lm", "+method=lora", "train.steps=4", "train.lr=0.1")
     run = train([*words, "train.linear_probe=false"], tmp_path / "run").path
@@ -115,6 +117,7 @@ def test_strength_is_a_dial_of_a_finished_run(families, texts, tmp_path, capsys)
     assert "go together" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_run_without_validation_rows_is_scored_on_a_file(families, texts, tmp_path, capsys):
     none = ["train.eval_steps=null", "train.validation_share=null", "train.linear_probe=false"]
     words = families("regression", "+method=lora", "train.steps=2", "train.lr=0.1", *none)
@@ -135,6 +138,7 @@ def test_a_run_without_validation_rows_is_scored_on_a_file(families, texts, tmp_
     assert found["scores"]["0.5"] != found["scores"]["1"]
 
 
+@pytest.mark.thorough
 def test_eval_computes_in_the_precision_of_the_run(families, texts, tmp_path):
     words = families("causal_lm", "+method=lora", "train.steps=2", "train.precision=bf16")
     run = train([*words, "train.linear_probe=false"], tmp_path / "run").path
@@ -148,6 +152,7 @@ def test_eval_computes_in_the_precision_of_the_run(families, texts, tmp_path):
     assert found["loss_after"] != pytest.approx(exact.loss_after, abs=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "words",
     [

@@ -54,6 +54,7 @@ def test_the_merged_folder_has_equal_vectors_in_sentence_transformers(run, tmp_p
     assert model.similarity_fn_name == "cosine"
 
 
+@pytest.mark.thorough
 def test_the_tokenizer_beside_an_onnx_graph_gives_the_vectors_of_the_run(run, tmp_path):
     for package in ("onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="pip install 'petl-peft[onnx]'")
@@ -69,6 +70,7 @@ def test_the_tokenizer_beside_an_onnx_graph_gives_the_vectors_of_the_run(run, tm
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("trains", [False, True])
 def test_layers_behind_the_pooling_are_kept_or_trained(trains, families, tmp_path):
     st = pytest.importorskip("sentence_transformers")
@@ -230,6 +232,7 @@ def test_files_of_vectors_and_the_search_in_them(run, tmp_path, capsys):
         write_vectors(saved, [str(corpus)], VectorFile(file, calibrate=str(corpus)))
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "binary"])
 def test_a_table_has_the_vectors_beside_the_columns(run, tmp_path, dtype):
     rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]

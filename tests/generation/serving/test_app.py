@@ -60,6 +60,7 @@ def test_the_base_model_and_all_adapters_are_listed(client):
         client.models.retrieve("mole")
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", ["llama", "lora", "other", "mola"])
 def test_a_chat_is_answered_by_the_adapter_called_model(client, alone, name):
     reply = client.chat.completions.create(model=name, messages=HI, max_tokens=12)
@@ -121,6 +122,7 @@ def test_several_texts_are_completed_without_the_template(client, writers):
     assert "".join(part.choices[0].text for part in parts) == expected[0]
 
 
+@pytest.mark.thorough
 def test_sampling_repeats_with_a_seed_and_n_answers_differ(client):
     options = {"model": "mola", "messages": HI, "max_tokens": 15, "n": 3, "temperature": 1.5}
 
@@ -144,6 +146,7 @@ POINT = {
 AS_POINT = {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT}}
 
 
+@pytest.mark.thorough
 def test_answers_follow_a_schema_beside_others_of_any_adapter(client, alone):
     def ask(job):
         name, more = job

@@ -65,6 +65,7 @@ def run_staggered(lane: Slot, requests: list[Request]) -> None:
         lane.advance(now)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("first", "second"), [("lora", "other"), ("mola", None)])
 def test_requests_of_several_adapters_share_passes_and_answer_as_alone(writers, first, second):
     model = writers.load(first, **({"second": second} if second else {}))
@@ -228,6 +229,7 @@ def test_models_of_several_methods_share_the_tensors_of_their_base(writers):
     assert all(ours[name] is theirs[name] for name in ours)
 
 
+@pytest.mark.thorough
 def test_an_adapter_that_changes_the_base_weights_changes_no_other_answer(writers, tmp_path):
     folders = {name: writers.folder / name for name in ("lora", "mola")}
     folders["pissa"] = tmp_path / "pissa"

@@ -48,6 +48,7 @@ def request(each, prompt, tokens):
     return made, pieces
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_requests_share_passes_and_answer_as_alone(served, kind):
     """Of images of other sizes, of several, and of text alone; each joins after another one."""

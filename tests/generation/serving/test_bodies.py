@@ -67,6 +67,7 @@ def test_the_member_of_a_union_that_is_meant_is_named_in_a_completion(prompt, pa
     assert message in found[0]
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     "body",
     [

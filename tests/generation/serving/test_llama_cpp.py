@@ -77,6 +77,7 @@ def same(reply: dict) -> dict:
     return {key: value for key, value in reply.items() if key not in ("id", "created")}
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["llama", "lora", "other"])
 def test_greedy_answers_of_each_adapter_are_those_of_petl(llama, own, name):
     for body in (
@@ -169,6 +170,7 @@ def test_its_own_server_is_reached_by_this_user_alone(llama, folder):
     assert stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("family", DECODERS)
 def test_each_architecture_is_written_as_llama_cpp_reads_it(family, tmp_path):
     base = gguf_bases.build(family)

@@ -99,6 +99,7 @@ def test_each_expert_is_split_by_the_tokens_that_are_routed_to_it(name, mode, no
             assert gap <= 5e-3 * expected.abs().max(), (stack, expert)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_split_experts_add_up_and_the_model_is_unchanged(name):
     base, model = mixture(name), wrap(name).eval()
@@ -114,6 +115,7 @@ def test_split_experts_add_up_and_the_model_is_unchanged(name):
     torch.testing.assert_close(restored(IDS).logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_adapter_is_a_lora_of_the_original_experts(name, tmp_path):
     model = wrap(name, target_modules="block-linear").eval()
@@ -172,6 +174,7 @@ def moments_of_few(data) -> dict[int, Tensor]:
     return found
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("bound", [10_000, 40_000])
 def test_less_memory_for_covariances_changes_nothing(bound, tmp_path):
     one = wrap("gpt_oss")

@@ -182,6 +182,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_settings_are_refused_before_anything_is_written(families, tmp_path, message):
     with pytest.raises(InputError, match=message):

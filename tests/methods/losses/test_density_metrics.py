@@ -168,6 +168,7 @@ def trained(model, batch):
     return model.eval()
 
 
+@pytest.mark.thorough
 def test_ppl_sparsity_follows_from_its_thresholds():
     data = [batch_of("llama-relu", 4), batch_of("llama-relu", 3, seed=2)]
     model = trained(lora(llama(layers=3)), data[0])

@@ -88,6 +88,7 @@ def test_kernels_of_mola_do_not_depend_on_the_number_of_experts():
     assert len(set(counts)) == 1
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", ["lora", "lora, dropout", "mola 8/2", "mos", "density on lora"])
 def test_kernels_of_a_layer_stay_within_their_goal(name):
     bench, goal = Bench(replace(TINY_LLAMA, layers=4)), row(name).kernels  # as MoS needs

@@ -88,6 +88,7 @@ def test_the_seconds_are_those_to_a_score_that_all_reach():
     assert section.seconds_to_score({}, "loss") == {}
 
 
+@pytest.mark.thorough
 def test_variants_share_rows_and_the_places_of_their_adapters(job, here, tmp_path):
     runner = Runner(job, settings(tmp_path), 1, lambda line: None)
     runner.prepare()

@@ -55,6 +55,7 @@ def test_the_step_section_measures_the_floor_lora_and_what_was_asked_for():
     assert half.counts["kept B / token, layer"] != lora.counts["kept B / token, layer"]
 
 
+@pytest.mark.thorough
 def test_a_row_with_an_error_has_no_values(monkeypatch):
     monkeypatch.setattr("bench.step.check", lambda *_: "the loss is off by 1e-02")
     floor, *others = records("step", "mola 8/2")

@@ -86,6 +86,7 @@ def test_petls_own_folder_is_not_the_users(monkeypatch, caplog):
     assert conflicts(caplog) == []
 
 
+@pytest.mark.thorough
 def test_recipes_and_variants_of_the_users_are_listed_and_shown(work):
     text = "# @package _global_\n# Lean. More.\ndefaults: [lora@method, _self_]\nmethod: {r: 3}\n"
     command_line.add_config_dir(work("other", method__lean=text))

@@ -37,6 +37,7 @@ def without(settings, *names):
     return {key: value for key, value in settings.items() if key not in names}
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("words", RUNS, ids=" ".join)
 def test_the_settings_of_a_run_come_back(tmp_path, words):
     settings = composed(words)
@@ -46,6 +47,7 @@ def test_the_settings_of_a_run_come_back(tmp_path, words):
     assert len(hydra_words([str(file)])) <= len(words) + 4, "only what differs is a word"
 
 
+@pytest.mark.cells(10)
 @pytest.mark.parametrize("method", options_of("method"))
 def test_every_method_comes_back(tmp_path, method):
     settings = composed([f"+method={method}"])

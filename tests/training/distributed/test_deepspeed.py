@@ -37,6 +37,7 @@ def there_and_back() -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     return [state[tensor] for tensor in tensors], flat.scatter(state)
 
 
+@pytest.mark.thorough
 def test_the_state_of_shares_is_put_together_and_cut_up_again():
     shares = [[0.0, 10.0, 20.0, 30.0], [40.0, 50.0, 60.0, 0.0]]
     for (whole, back), share in zip(in_processes(2, there_and_back), shares, strict=True):

@@ -62,6 +62,7 @@ def test_a_stream_is_scored_after_each_class_and_resumes_bit_exactly(tiny, tmp_p
     assert resumed.scores["stream"] == scores["stream"]
 
 
+@pytest.mark.thorough
 def test_a_finished_adapter_is_merged_below_the_head(tiny, tmp_path):
     first = train([*tiny.steady, *LORA], tmp_path / "first")
     below = f"model.adapter={first.path}"

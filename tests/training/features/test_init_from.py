@@ -91,6 +91,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize(
     "name",
     [
@@ -288,6 +289,7 @@ def test_a_run_starts_from_a_run_with_other_data(tiny, tmp_path, petl_log):
     assert preview(compose([*common, start]))
 
 
+@pytest.mark.thorough
 def test_a_run_of_pissa_is_trained_further_as_the_lora_that_it_saved(tiny, tmp_path):
     common = [*tiny.steady, "train.lr=1e-2"]
     first = train([*common, "+method=lora", PISSA, "method.r=2"], tmp_path / "first")
@@ -298,6 +300,7 @@ def test_a_run_of_pissa_is_trained_further_as_the_lora_that_it_saved(tiny, tmp_p
     assert third.scores["before"] == pytest.approx(second.scores["after"], rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_an_adapter_of_a_language_model_starts_a_classifier(tiny, tmp_path, petl_log):
     first = train([*tiny.complete, "+method=lora"], tmp_path / "first")
     words = [word for word in tiny.complete if not word.startswith("data.task=")]

@@ -65,6 +65,7 @@ def test_a_stopped_run_goes_on_to_the_bit(tiny, run, tmp_path):
     assert_same_course(resumed, run, atol=0)
 
 
+@pytest.mark.thorough
 def test_the_code_of_the_card_loads_it(run, tiny, tmp_path):
     card = (run.path / "adapter/README.md").read_text().split("```python\n")[1].split("```")[0]
     code = card.replace("path/to/base_model", f"{tiny.folder}/llama").replace(
@@ -106,6 +107,7 @@ def test_it_generates_merges_and_is_refused_beside_others(run, tiny, tmp_path):
         load_language_model(run.path, {"plain": str(plain.path)})
 
 
+@pytest.mark.thorough
 def test_a_lora_with_rows_is_merged_and_a_method_of_petl_exported(tiny, tmp_path):
     words = [*tiny.complete, SETTING, "train.lr=0.05"]
     lora = train([*words, "+method=lora"], tmp_path / "lora")
@@ -123,6 +125,7 @@ def test_a_lora_with_rows_is_merged_and_a_method_of_petl_exported(tiny, tmp_path
     torch.testing.assert_close(logits(found, batch), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.thorough
 def test_what_was_lost_is_compared_with_the_base_as_it_was(tiny, tmp_path):
     words = [*tiny.complete, "+method=lora", SETTING, "retain.rows=4"]
     run = train([*words, f"retain.data={tiny.folder}/test.csv"], tmp_path / "run")
@@ -143,6 +146,7 @@ def test_what_was_lost_is_compared_with_the_base_as_it_was(tiny, tmp_path):
     assert with_base.loss_before == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("words", [["+method=lora"], ["+method=sparse"]])
 def test_a_classifier_with_new_tokens_trains(tiny, tmp_path, words, petl_log):
     run = train([*tiny.steady, *words, SETTING], tmp_path / "run")

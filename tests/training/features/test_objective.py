@@ -41,6 +41,7 @@ def preferences(families, tmp_path_factory):
     return [*SHORT, "model=path", f"model.path={families.folder}/llama", *files]
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("task", "method"),
     [("dpo", "lora"), ("kto", "mola")],
@@ -60,6 +61,7 @@ def test_a_run_learns_and_resumes_exactly(task, method, preferences, tmp_path):
     assert resumed.scores["after"] == after
 
 
+@pytest.mark.thorough
 def test_what_follows_a_run(preferences, tmp_path, capsys):
     run = train([*preferences, "+task=dpo", "+method=increlora"], tmp_path / "run")
     write_page(run.path)
@@ -77,11 +79,13 @@ def test_what_follows_a_run(preferences, tmp_path, capsys):
     assert "tokens with loss" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_odds_without_a_reference(preferences, tmp_path):
     scores = train([*preferences, "+task=orpo", "+method=corda"], tmp_path / "run").scores
     assert scores["after"]["loss"] < scores["before"]["loss"]
 
 
+@pytest.mark.thorough
 def test_a_reward_model_rates_answers(preferences, tmp_path):
     run = train([*preferences, "+task=reward", "+method=mola"], tmp_path / "run")
     assert run.scores["after"]["accuracy"] > run.scores["before"]["accuracy"]
@@ -93,6 +97,7 @@ def test_a_reward_model_rates_answers(preferences, tmp_path):
     assert beast > tool
 
 
+@pytest.mark.thorough
 def test_sampled_answers_are_learned_from_and_resumed(preferences, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
@@ -112,6 +117,7 @@ def test_sampled_answers_are_learned_from_and_resumed(preferences, tmp_path):
     assert [each["reward"] for each in resumed.metrics] == [each["reward"] for each in run.metrics]
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [

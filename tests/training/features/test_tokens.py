@@ -15,6 +15,7 @@ def losses(run):
     return [line["loss"] for line in run.metrics if "loss" in line]
 
 
+@pytest.mark.thorough
 def test_a_run_trains_on_fewer_tokens_and_resumes_alike(tiny, tmp_path):  # noqa: F811
     words = [*tiny.complete, *LEMO]
     whole = train(words, tmp_path / "whole")
@@ -31,6 +32,7 @@ def test_a_run_trains_on_fewer_tokens_and_resumes_alike(tiny, tmp_path):  # noqa
     assert_same_course(resumed, whole, atol=0.0)
 
 
+@pytest.mark.thorough
 def test_predictors_are_trained_by_a_command_and_used(tiny, tmp_path, capsys):  # noqa: F811
     file = tmp_path / "predictors.safetensors"
     model = [word for word in tiny.complete if word.startswith(("model", "data"))]
@@ -44,6 +46,7 @@ def test_predictors_are_trained_by_a_command_and_used(tiny, tmp_path, capsys):  
     assert losses(run) != losses(by_norm)
 
 
+@pytest.mark.thorough
 def test_a_plan_says_that_it_counts_all_tokens(tiny):  # noqa: F811
     planned = plan_run(compose([*tiny.complete, *LEMO]))
     assert any("tokens=lemo" in note for note in planned.notes)

@@ -99,6 +99,7 @@ def by_hand(model: PeftModel, data: Dataset, *, accumulation: int) -> dict[str, 
 # Trainer
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     ("name", "accumulation"), [*((name, 2) for name in FIELDS), ("lora", 1), ("mola", 1)]
 )
@@ -201,6 +202,7 @@ def test_trainer_logs_the_auxiliary_loss_apart_from_the_task_loss(tmp_path):
     assert "expert_load_max" in entry
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_resumed_trainer_equals_an_uninterrupted_run(name, tmp_path):
     data = rows(24)

@@ -71,6 +71,7 @@ def test_a_segmented_loss_changes_nothing(tmp_path):
         torch.testing.assert_close(found[1][name], tensor)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("name", "checkpointing"), [*((name, True) for name in FIELDS), ("mola", False)]
 )
@@ -83,6 +84,7 @@ def test_one_step_in_sft_trainer_moves_the_adapter(name, checkpointing, tmp_path
     assert not [key for key in floats(before) if torch.equal(before[key], after[key])]
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_auxiliary_gradient_arrives_in_sft_trainer_once_a_step(accumulation, tmp_path):
     """SFTTrainer computes its own loss; the auxiliary loss adds its gradient."""

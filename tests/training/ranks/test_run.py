@@ -49,6 +49,7 @@ def test_a_run_trains_with_the_ranks_that_it_measured(run):
     assert (run.path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_has_its_ranks_again_and_measures_nothing(tiny, tmp_path, monkeypatch):
     common = [*tiny.complete, *LORA, "train.save_steps=2"]
     whole = train(common, tmp_path / "whole")
@@ -72,6 +73,7 @@ def test_the_ranks_spread_the_size_that_the_budget_chose(tiny, tmp_path):
     assert len(set(saved(run)["rank_pattern"].values())) > 1
 
 
+@pytest.mark.thorough
 def test_blocks_without_targets_have_no_rank(tiny, tmp_path):
     words = [*LORA, "method.layers_to_transform=[1]", "method.target_modules=[q_proj]"]
     run = train([*tiny.complete, *words], tmp_path / "run")
@@ -81,6 +83,7 @@ def test_blocks_without_targets_have_no_rank(tiny, tmp_path):
     ]
 
 
+@pytest.mark.thorough
 def test_a_plan_says_that_ranks_come_from_data_and_shows_the_mean(tiny):
     plan = plan_run(compose([*tiny.complete, *LORA]))
     assert any("come from data (ranks=cfsp), with the mean 3" in note for note in plan.notes)

@@ -42,6 +42,7 @@ def weights(run):
     return load_file(run.path / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("task", "method"),
     [
@@ -160,6 +161,7 @@ def test_what_cannot_be_measured_is_refused_before_training(
         train([*given, *words], tmp_path / "run")
 
 
+@pytest.mark.thorough
 def test_the_best_checkpoint_is_the_best_within_the_limit(
     families, texts, tmp_path, petl_log, monkeypatch
 ):
@@ -191,6 +193,7 @@ def test_the_best_checkpoint_is_the_best_within_the_limit(
     assert 'class="alarm"' in (none.path / "report.html").read_text()
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "task", ["causal_lm", pytest.param("seq2seq", marks=pytest.mark.thorough), "regression"]
 )
@@ -264,6 +267,7 @@ def test_long_texts_of_other_data_are_measured_in_passages(families, tmp_path):
     assert run.scores["retained"]["rows"] == 9
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("task", ["causal_lm", "regression"])
 def test_long_texts_are_cut_to_the_positions_of_the_model(task, families, tmp_path, petl_log):
     file, sizes = tmp_path / "long.jsonl", {"n_embd": 32, "n_layer": 1, "n_head": 2}
@@ -282,6 +286,7 @@ def test_long_texts_are_cut_to_the_positions_of_the_model(task, families, tmp_pa
     assert run.scores["retained"]["rows"] == (12 if task == "regression" else 6)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("steps", "rows"), [(4, None), (200, None), (4, 5)])
 def test_images_are_measured_where_a_run_pays_for_them(steps, rows, pictures, tmp_path, petl_log):
     other = ["+data@retain.data=image_folder", f"retain.data.train={pictures}"]

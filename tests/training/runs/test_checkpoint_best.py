@@ -66,6 +66,7 @@ def test_the_best_evaluation_has_a_checkpoint_whatever_save_steps_is(tiny, tmp_p
     assert_holds(run, 2)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("keep", "accuracies", "step", "best"),
     [
@@ -126,6 +127,7 @@ def test_patience_is_counted_from_the_best_remaining_one(tiny, tmp_path, monkeyp
     assert_holds(run, 2)
 
 
+@pytest.mark.thorough
 def test_a_run_without_a_complete_checkpoint_takes_the_next_evaluation_as_best(
     tiny, tmp_path, monkeypatch, petl_log
 ):

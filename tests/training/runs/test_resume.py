@@ -84,6 +84,7 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
     assert one.scores["tokens"] == other.scores["tokens"]
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize(
     "choice",
     [
@@ -134,6 +135,7 @@ def assert_resumes(undisturbed, tiny, folder, step):
     assert noted == str(folder / "checkpoints" / before[-1])
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("place", "name", "call", "step"),
     [
@@ -172,6 +174,7 @@ module.{name} = killing
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("place", "name", "left", "step"),
     [
@@ -211,6 +214,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_it_resumes_bit_exactly(
     assert_resumes(undisturbed, tiny, tmp_path / "run", 9)
 
 
+@pytest.mark.thorough
 def test_a_log_that_the_disk_has_no_room_for_ends_the_run_and_is_whole_again_after(
     undisturbed, tiny, tmp_path, monkeypatch
 ):
@@ -229,6 +233,7 @@ def test_a_log_that_the_disk_has_no_room_for_ends_the_run_and_is_whole_again_aft
     assert_resumes(undisturbed, tiny, tmp_path / "run", 8)
 
 
+@pytest.mark.thorough
 def test_a_worker_that_is_killed_ends_the_run_and_it_resumes_bit_exactly(
     undisturbed, tiny, tmp_path, monkeypatch
 ):
@@ -268,6 +273,7 @@ def test_a_method_whose_state_a_checkpoint_cannot_hold_says_so(
         train([*common, f"train.resume={tmp_path}/run"], tmp_path / "run")
 
 
+@pytest.mark.thorough
 def test_the_best_ranks_come_back_with_the_best_evaluation(tiny, tmp_path, monkeypatch):
     accuracies = iter([0.9, 0.5, 0.4, 0.3])
     original = Classification.summarize
@@ -327,6 +333,7 @@ def resume(stopped, *changes):
     return train([*common, f"train.resume={run}", *changes], run)
 
 
+@pytest.mark.thorough
 def test_a_run_or_one_of_its_checkpoints_can_be_named(stopped, tmp_path):
     run, common = stopped
     shutil.copytree(run, tmp_path / "copy")
@@ -354,6 +361,7 @@ def test_a_checkpoint_outside_of_a_run_is_refused(stopped, tmp_path):
     assert not (tmp_path / "kept" / ".lock").exists()
 
 
+@pytest.mark.thorough
 def test_the_log_is_that_of_the_run_that_goes_on_whatever_happened_in_between(
     undisturbed, tiny, tmp_path, monkeypatch
 ):
@@ -505,6 +513,7 @@ def test_auto_starts_again_in_a_folder_that_had_saved_nothing(tiny, tmp_path, mo
     assert [m["step"] for m in run.metrics] == [1, 2, 3, 4]
 
 
+@pytest.mark.thorough
 def test_auto_finds_the_newest_unfinished_run_of_these_settings(tiny, tmp_path, monkeypatch):
     common = [*tiny.classify, *COURSE, "+method=lora", f"train.output={tmp_path}/runs"]
     with monkeypatch.context() as patch:
@@ -522,6 +531,7 @@ def run_in_output(overrides):
     main()(compose(overrides))
 
 
+@pytest.mark.thorough
 def test_a_run_killed_in_its_last_evaluation_is_finished_by_a_resume(tiny, tmp_path, monkeypatch):
     common = [*tiny.classify, *COURSE, "+method=lora"]
     straight = trained_once(*common)

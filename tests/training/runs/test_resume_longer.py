@@ -68,6 +68,7 @@ def test_a_finished_run_trained_further_equals_one_longer_run(tiny, copied, long
     assert "14 steps" in (copied / "report.html").read_text()
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
@@ -90,6 +91,7 @@ def test_the_schedule_is_that_of_the_longer_run_or_a_fresh_one(
     assert any(named[choice] in message for message in petl_log.messages)
 
 
+@pytest.mark.thorough
 def test_a_fresh_schedule_goes_on_after_another_stop(tiny, tmp_path, monkeypatch):
     words = [*tiny.classify, "+method=lora", "train.warmup=0", "train.lr=1", "train.log_steps=1"]
     words += ["train.save_steps=2", "train.resume_schedule=fresh"]
@@ -118,6 +120,7 @@ def killed_at(monkeypatch, step, overrides, folder):
 RESULTS = ["config.yaml", "scores.json", "adapter/adapter_model.safetensors", "report.html"]
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("step", [7, 11])
 def test_a_kill_while_training_further_leaves_the_earlier_results(
     tiny, copied, short, longer, monkeypatch, step
@@ -132,6 +135,7 @@ def test_a_kill_while_training_further_leaves_the_earlier_results(
     assert resumed.scores["after"] == longer.scores["after"]
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("place", ["_save", "_describe"])
 def test_a_kill_while_the_longer_result_is_written_is_made_good(tiny, copied, monkeypatch, place):
     def killing(*_):
@@ -146,6 +150,7 @@ def test_a_kill_while_the_longer_result_is_written_is_made_good(tiny, copied, mo
         further(tiny, copied)
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_may_be_made_longer_too(tiny, tmp_path, monkeypatch):
     words = [*tiny.classify, *CONSTANT, *COURSE]
     killed_at(monkeypatch, 5, [*words, "train.steps=6"], tmp_path / "run")
@@ -177,6 +182,7 @@ def test_what_is_no_longer_run_is_refused(tiny, copied, words, message):
         further(tiny, copied, *words)
 
 
+@pytest.mark.thorough
 def test_a_run_that_stopped_early_needs_more_patience(tiny, tmp_path):
     words = [*tiny.classify, "+method=lora", "train.lr=1e-9", "train.head_lr=1e-9"]
     words += ["train.eval_steps=1", "train.save_steps=1"]
@@ -188,6 +194,7 @@ def test_a_run_that_stopped_early_needs_more_patience(tiny, tmp_path):
     assert train([*words, "train.early_stopping=null"], tmp_path / "run").scores["steps"] == 9
 
 
+@pytest.mark.thorough
 def test_another_interval_of_log_lines_averages_over_known_steps(tiny, tmp_path):
     words = [*tiny.classify, *CONSTANT]
     train([*words, "train.steps=5", "train.log_steps=2"], tmp_path / "run")

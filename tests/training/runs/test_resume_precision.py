@@ -37,6 +37,7 @@ def stored(folder) -> str:
     return OmegaConf.load(folder / "config.yaml").train.precision
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("began", ["bf16", pytest.param("no", marks=pytest.mark.thorough)])
 def test_a_run_resumes_as_it_began_on_a_machine_for_which_auto_is_another_precision(
     tiny, tmp_path, petl_log, machine, began
@@ -55,6 +56,7 @@ def test_a_run_resumes_as_it_began_on_a_machine_for_which_auto_is_another_precis
     assert f"train.precision=auto: {said[began]}" in petl_log.text
 
 
+@pytest.mark.thorough
 def test_auto_computes_as_the_precision_that_it_chooses(tiny, tmp_path, machine, monkeypatch):
     seen = set()
     linear = torch.nn.functional.linear

@@ -72,6 +72,7 @@ def test_scores_are_those_of_test_rows_and_sizes_are_right(finished):
     assert scores["tokens"] > 0
 
 
+@pytest.mark.thorough
 def test_the_readme_loads_the_adapter_in_a_fresh_process(finished, tiny):
     code = code_of(finished.path / "adapter", tiny.folder / "bert")
     assert code.startswith("import torch\nimport petl\n")

@@ -94,6 +94,7 @@ def jobs_of(make, method: str, fields: dict[str, Any], rate: float = 1e-3) -> li
     ]
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("build", "bound"), [(tiny_llama, 0), (tiny_qwen3_moe, 2e-6)])
 def test_adapters_on_rows_of_one_length_equal_their_own_training(build, bound):
     """Three at a time, of five that end at different steps, with dropout of each."""
@@ -114,6 +115,7 @@ def test_adapters_on_rows_of_one_length_equal_their_own_training(build, bound):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("build", "attention"), [(tiny_bert, "sdpa"), (tiny_t5, "eager")])
 def test_dropout_in_the_base_is_that_of_each_adapter_to_the_bit(build, attention):
     """Masks of an adapter's rows come from its own generator, as in a pass of its own."""
@@ -170,6 +172,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_rows_heads_and_other_families_equal_their_own_training(family):
     build, make, task_type = FAMILIES[family]
@@ -186,6 +189,7 @@ def test_padded_rows_heads_and_other_families_equal_their_own_training(family):
         assert difference(tensors, trained) < 1e-5
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("method", "fields"),
     [

@@ -77,6 +77,7 @@ def test_runs_can_be_stopped_or_dropped_between_steps_and_go_on_later(tiny, tmp_
     assert results(finished([later], 1)[0])[0] == pytest.approx(losses[2], rel=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("written", [pytest.param(3, marks=pytest.mark.thorough), 4])
 def test_a_group_killed_while_it_writes_goes_on_from_one_step_to_the_bit(
     tiny, tmp_path, monkeypatch, written

@@ -288,6 +288,7 @@ WAYS = {
 }
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize(
     ("config", "way"),
     [

@@ -296,6 +296,7 @@ def gradients_of_a_part():
     return found
 
 
+@pytest.mark.thorough
 def test_processes_have_the_gradients_of_one_with_all_rows():
     for found in in_processes(2, gradients_of_a_part):
         for (loss, _), values in found.items():
