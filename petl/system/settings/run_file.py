@@ -46,8 +46,9 @@ def hydra_words(words: Sequence[str]) -> list[str]:
         InputError: the file is no run.
     """
     found: list[str] = []
+    known = groups()
     for word in words:
-        found += words_of(Path(word), words) if is_file(word) else [with_plus(word)]
+        found += words_of(Path(word), words) if is_file(word) else [with_plus(word, known)]
     return with_quoted_texts(found)
 
 
@@ -56,10 +57,10 @@ def is_file(word: str) -> bool:
     return word.endswith(SUFFIXES) and "=" not in word and not word.startswith("-")
 
 
-def with_plus(word: str) -> str:
-    """A word as Hydra takes it: +method=lora for method=lora, which the defaults lack."""
+def with_plus(word: str, known: Set[str]) -> str:
+    """A word as Hydra takes it: +method=lora for method=lora, a known group without a default."""
     group, is_value, _ = word.partition("=")
-    return f"{plus(group)}{word}" if is_value and group in groups() else word
+    return f"{plus(group)}{word}" if is_value and group in known else word
 
 
 def key_of(word: str) -> str:
@@ -132,7 +133,7 @@ def group_words(file: Path, group: str, value: object) -> Iterator[str]:
         InputError: no configuration has such settings.
     """
     if isinstance(value, str):
-        yield with_plus(f"{group}={value}")
+        yield with_plus(f"{group}={value}", groups())
         return
     if not isinstance(value, Mapping):
         raise InputError(f"{file} has {group}: {value!r}; write the name of one, or its settings")
@@ -151,7 +152,7 @@ def group_words(file: Path, group: str, value: object) -> Iterator[str]:
 
     chosen = max(alike, key=agreeing)
     if {group: chosen} not in usual_settings()["defaults"]:
-        yield with_plus(f"{group}={chosen}")
+        yield with_plus(f"{group}={chosen}", groups())
     for name, own in value.items():
         if name not in usual[chosen] or plain(usual[chosen][name]) != own:
             yield setting(f"{'' if name in usual[chosen] else '++'}{group}.{name}", own)
