@@ -10,7 +10,8 @@ import gc
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -20,7 +21,6 @@ import pandas as pd
 
 from advice.tasks import TASKS, Task
 from petl.cli.train import trial
-from petl.data.tasks.scores import INTERVAL
 from petl.errors import Diverged, RunStopped
 from petl.experiments.advice.candidates import OTHERS, RANKS, SIMPLEST, at, words_of
 from petl.experiments.advice.evidence import Setting
@@ -31,7 +31,7 @@ from petl.system.files.disk import write_atomic
 from petl.system.settings.command_line import how_to_continue
 from petl.training import program as app
 from petl.training.compose import compose
-from petl.training.runs.records import is_finished, read_results
+from petl.training.runs.records import PREDICTIONS, is_finished, read_results
 from petl.training.together.runs import RunJob, train_runs
 
 DATA = "data"  # the folder of the files of all tasks, in that of the runs
@@ -39,14 +39,7 @@ TABLE = Path(__file__).with_name("grid.csv")
 AT_A_TIME = 8
 SEEDS = range(3)
 POWERS = (-2, -1, 0, 1, 2)  # of 3, by which the method's default learning rate is multiplied
-WIDE = (4, 16, 64)  # Compacter's bottleneck has at least its four blocks
-METHOD_RANKS = {
-    SIMPLEST: RANKS,
-    "mola": (2, 8, 32),
-    "adapter": WIDE,
-    "mos": WIDE,
-    "compacter": WIDE,
-}
+METHOD_RANKS = {SIMPLEST: RANKS, **{method: (rank,) for method, rank in OTHERS.items()}}
 COMMON = (
     *("train.epochs=null", "train.linear_probe=false", "train.score_before=false"),
     *("retain.data=null", "train.validation_share=0.2", "train.save_steps=null"),
@@ -58,10 +51,14 @@ logger = logging.getLogger("petl.advice")  # below petl, whose messages the comm
 def tried(method: str) -> set[Setting]:
     """Return the settings of a method that advice may try in short trials."""
     if method != SIMPLEST:
-        return {at(method, OTHERS[method], power) for power in (-1, 0, 1)}
+        return {at(method, OTHERS[method])}
     # of rank 4 where files of rank 8 are too large
-    rates = {at(SIMPLEST, rank, power) for rank in (4, 8) for power in POWERS}
-    return rates | {at(SIMPLEST, rank) for rank in (2, 32)}
+    rates = {at(SIMPLEST, 8, power) for power in POWERS}
+    return (
+        rates
+        | {at(SIMPLEST, 4, power) for power in (-1, 0, 1)}
+        | {at(SIMPLEST, r) for r in (2, 32)}
+    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,9 @@ class Cell:
         ]
 
 
+FIELDS = Cell.__annotations__
+
+
 @dataclass(frozen=True)
 class Unit:
     """The runs of a task and a method.
@@ -105,12 +105,14 @@ class Unit:
     Attributes:
         folder: of their folders and logs.
         data: of the files of all tasks.
+        done: names of those that the table has.
     """
 
     task: Task
     method: str
     folder: Path
     data: Path
+    done: Collection[str] = ()
 
     @cached_property
     def cells(self) -> dict[Path, Cell]:
@@ -125,7 +127,7 @@ class Unit:
         lengths = [(short, 0), *((half, seed) for seed in (0, 1) if half > short)]
         found += [(setting, *length) for setting in sorted(tried(method)) for length in lengths]
         cells = [Cell(self.task.name, *setting, steps, seed) for setting, steps, seed in found]
-        return {self.folder / cell.name: cell for cell in cells}
+        return {self.folder / cell.name: cell for cell in cells if cell.name not in self.done}
 
     def train(self) -> float:
         """Make the runs that are not finished; return the processor seconds of that.
@@ -155,42 +157,49 @@ class Unit:
     def rows(self) -> Iterator[dict[str, object]]:
         """Yield the lines of the table; a run that diverged has no scores."""
         for folder, cell in self.cells.items():
-            yield {**asdict(cell), **(scores_of(folder) if is_finished(folder) else {})}
+            scores = scores_of(folder, self.task.block) if is_finished(folder) else {}
+            yield {**asdict(cell), **scores}
 
 
-def scores_of(folder: Path) -> dict[str, object]:
-    """Return what the table has of a finished run."""
+def scores_of(folder: Path, block: int) -> dict[str, object]:
+    """Return what the table has of a finished run.
+
+    Args:
+        block: tokens of a row of running text, see `Task`.
+    """
     scores = read_results(folder)
-    metric = scores["metric"]
-    found: dict[str, object] = {"metric": metric}
-    for part, name in (("validation", "validation_scores"), ("test", "after")):
-        if scores[name]:
-            found |= evaluated(part, metric, scores[name])
+    metric, validation, test = scores["metric"], scores["validation_scores"], scores["after"]
+    found = {"metric": metric, **evaluated("validation", metric, validation)}
+    if test:
+        found |= evaluated("test", metric, test)
+        counted = "rows" if "rows" in test else "tokens"
+        rows = (folder / PREDICTIONS).read_bytes().count(b"\n")
+        rows = round(test["tokens"] / (block - 1)) if block else rows
+        # where tokens are counted, rows of both parts have as many on average
+        found["test_rows"] = rows
+        found["validation_rows"] = round(rows * validation[counted] / test[counted])
     return {**found, "parameters": scores["adapter_parameters"], "bytes": scores["adapter_bytes"]}
 
 
 def evaluated(part: str, metric: str, scores: Mapping[str, float]) -> dict[str, object]:
-    """Return the columns of an evaluation."""
-    found: dict[str, object] = {
-        part: f"{scores[metric]:.5g}",
-        f"{part}_loss": f"{scores['loss']:.5g}",
-        f"{part}_rows": int(scores["rows"]),
-    }
-    if f"{metric}{INTERVAL}" in scores:
-        found[f"{part}{INTERVAL}"] = f"{scores[f'{metric}{INTERVAL}']:.3g}"
-    return found
+    """Return the columns of an evaluation; without a loss, the squared errors stand for it."""
+    loss = scores["loss"] if "loss" in scores else scores["mse"]
+    return {part: f"{scores[metric]:.5g}", f"{part}_loss": f"{loss:.5g}"}
 
 
 def units(folder: Path, names: list[str]) -> list[Unit]:
-    """Return the units that the table does not have, task by task."""
-    done = set(read_table().groupby(["task", "method"]).groups) if TABLE.exists() else set()
+    """Return the units of which the table lacks runs, task by task."""
+    done: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for row in read_table()[[*FIELDS]].to_dict("records") if TABLE.exists() else []:
+        cell = Cell(**row)
+        done[cell.task, cell.method].add(cell.name)
     tasks = [task for task in TASKS if not names or task.name in names]
-    return [
-        Unit(task, method, folder / task.name / method, folder / DATA)
+    found = [
+        Unit(task, m, folder / task.name / m, folder / DATA, done[task.name, m])
         for task in tasks
-        for method in METHOD_RANKS
-        if (task.name, method) not in done
+        for m in METHOD_RANKS
     ]
+    return [unit for unit in found if unit.cells]
 
 
 def train(folder: Path, names: list[str]) -> None:

@@ -5,15 +5,16 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from advice.grid import METHOD_RANKS, TABLE, read_table
+from scipy.special import stdtrit
+
+from advice.grid import TABLE, read_table
 from advice.replay import Known, read, shown
 from advice.tasks import TASKS
-from petl.experiments.advice.candidates import SIMPLEST
+from petl.experiments.advice.candidates import OTHERS, RANK, SIMPLEST
 from petl.experiments.reports.formatting import Table
-from petl.training.retain.measure import interval_of
 
 FEWEST = 10  # tasks with all methods and seeds, before which there is no comparison
-OTHERS = [method for method in METHOD_RANKS if method != SIMPLEST]
+PLAIN = SIMPLEST, RANK
 
 
 def page() -> str:
@@ -31,7 +32,8 @@ def page() -> str:
 def compared(tasks: Sequence[Known], kinds: Mapping[str, str]) -> Table:
     """Return each method's difference to LoRA, by kind of task.
 
-    Of each method the setting that is best by its mean validation score counts.
+    Each has one rank, and of its learning rates the one counts that is best by its mean validation
+    score.
 
     Args:
         kinds: by the name of a task.
@@ -45,28 +47,35 @@ def compared(tasks: Sequence[Known], kinds: Mapping[str, str]) -> Table:
         gains = {method: gain(found, method) for method in OTHERS}
         better = [method for method in OTHERS if gains[method][1] > 0]
         best = max(better, key=lambda method: gains[method][0], default=SIMPLEST)
-        rates = sorted(known.best(method=SIMPLEST).rate for known in found)
+        rates = sorted(known.best(alike=PLAIN).rate for known in found)
         between = f"{rates[0]:g}" if rates[0] == rates[-1] else f"{rates[0]:g} to {rates[-1]:g}"
         cells = [gained(unit, gains[method]) for method in OTHERS]
         rows.append([f"{kind} ({len(found)}; {unit})", *cells, between, best])
-    columns = ["tasks", *(f"{method} less LoRA" for method in OTHERS), "LoRA's best rates", "take"]
+    names = [f"{method}, r {rank}" for method, rank in OTHERS.items()]
+    columns = ["difference to LoRA, r 8 (tasks; unit)", *names, "LoRA's best rates", "take"]
     return Table(columns, rows)
 
 
 def gain(tasks: Sequence[Known], method: str) -> tuple[float, float, float]:
-    """Return by how much a method is better than LoRA on test rows, and the 95 % interval.
+    """Return by how much a method is better than LoRA on test rows, and its interval.
 
-    Over tasks; of a single one, over seeds.
+    Over tasks; of a single one, over seeds. At 95 % for all methods together (Bonferroni).
     """
     pairs = [
-        (known.tests[known.best(method=method)], known.tests[known.best(method=SIMPLEST)])
+        (
+            known.tests[known.best(alike=(method, OTHERS[method]))],
+            known.tests[known.best(alike=PLAIN)],
+        )
         for known in tasks
     ]
     differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
     values = differences[0] if len(tasks) == 1 else [statistics.fmean(d) for d in differences]
     center = statistics.fmean(values)
-    limits = interval_of([(1, value) for value in values], center, fewest=2)
-    return center, *(limits or (-math.inf, math.inf))
+    if len(values) < 2:
+        return center, -math.inf, math.inf
+    quantile = float(stdtrit(len(values) - 1, 1 - 0.025 / len(OTHERS)))
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return center, center - half, center + half
 
 
 def gained(unit: str, gain: tuple[float, float, float]) -> str:

@@ -26,7 +26,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from advice.grid import METHOD_RANKS, SEEDS
-from petl.data.tasks.scores import INTERVAL, LOSSES, is_percentage
+from petl.data.tasks.scores import LOSSES, is_percentage
 from petl.experiments.advice.candidates import (
     SIMPLEST,
     Constraint,
@@ -122,12 +122,12 @@ class Known:
                 found[setting].append(getattr(line, name))
         return {setting: each for setting, each in found.items() if len(each) == len(SEEDS)}
 
-    def best(self, why: Sequence[Constraint] = (), method: str | None = None) -> Setting:
-        """Return the best setting by mean validation score; of a method, or of all."""
+    def best(self, why: Sequence[Constraint] = (), alike: tuple[str, int] | None = None) -> Setting:
+        """Return the best setting by mean validation score; of a method and rank, or of all."""
         found = {
             setting: statistics.fmean(scores)
             for setting, scores in self.validations.items()
-            if method in (None, setting.method)
+            if alike in (None, setting[:2])
             and not any(each.why(setting.method, setting.rank) for each in why)
         }
         return max(found, key=lambda setting: found[setting])
@@ -179,10 +179,7 @@ def known(task: str, rows: pd.DataFrame) -> Known:
     counts = {"validation": int(tests["validation_rows"]), "test": int(tests["test_rows"])}
     found = {}
     for row in finished.to_dict("records"):
-        scores = {metric: row["validation"], "rows": row["validation_rows"]}
-        half = row.get(f"validation{INTERVAL}", math.nan)
-        if not math.isnan(half):
-            scores[f"{metric}{INTERVAL}"] = half
+        scores = {metric: row["validation"]}
         errors = (row_error(metric, scores, count) for count in counts.values())
         line = Line(
             sign * row["validation"],

@@ -97,8 +97,7 @@ def test_without_noise_the_best_of_all_that_is_tried_is_advised():
 
 def test_the_regret_is_what_the_best_has_more_on_test_rows():
     def score(setting, steps, seed):
-        # validation prefers a rank that advice does not try; tests say what that is worth
-        above = setting == at("lora", 16, 1)
+        above = setting == at("lora", 16, 1)  # which advice does not try
         return quiet(setting) + 0.3 * above, quiet(setting) + 0.011 + 0.2 * above
 
     known = known_of("one", score)
@@ -245,9 +244,9 @@ def test_the_grid_has_every_trial_that_advice_begins_with():
     every = [("lora", rank) for rank in (2, 4, 8, 16, 32)]
     for constraints in ([], needs(["merge"], None), [excluding(*large)], [excluding(*every)]):
         for setting in shortlist(constraints).allowed:
-            assert (setting, 20, 0) in cells
-            assert {(setting, 50, 0), (setting, 50, 1)} <= cells
             assert {(setting, FULL, seed) for seed in range(3)} <= cells
+            if setting == at(*setting[:2]) or setting.method == "lora":
+                assert {(setting, 20, 0), (setting, 50, 0), (setting, 50, 1)} <= cells
     for setting in RULES.values():
         assert (setting, FULL, 2) in cells
 
