@@ -219,6 +219,6 @@ def train(folder: Path, names: list[str]) -> None:
         )
 
 
-def read_table(file: Path = TABLE) -> pd.DataFrame:
-    """Return the table of the repository, or another one."""
-    return pd.read_csv(file)
+def read_table() -> pd.DataFrame:
+    """Return the table of the repository."""
+    return pd.read_csv(TABLE)

@@ -63,7 +63,7 @@ class Task:
     block: int = 0
 
 
-BATCH = "train.batch_size=16"
+BATCH = "train.batch_size=8"
 TEXTS = ("data.max_length=48", BATCH)
 TOPICS, RATINGS = "texts, classes", "texts, ratings"
 PICTURES, ANSWERS = "images, classes", "texts, written"

@@ -1,6 +1,7 @@
 """The evidence of advice: replayed on tables whose true scores are known, and the grid's runs."""
 
 import math
+import signal
 import statistics
 from itertools import product
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from advice import page
+from advice import grid, page
 from advice.grid import METHOD_RANKS, POWERS, Unit
 from advice.replay import (
     COSTS,
@@ -22,7 +23,9 @@ from advice.replay import (
     tables,
 )
 from advice.tasks import TASKS
+from comparable import write_run
 
+from petl.errors import Diverged, RunStopped
 from petl.experiments.advice.candidates import Constraint, at, needs, shortlist
 from petl.experiments.advice.evidence import Setting
 
@@ -256,3 +259,62 @@ def test_tasks_have_names_and_folders_of_their_own():
     for task in TASKS:
         unit = Unit(task, "lora", Path("runs"), Path("data"))
         assert len(set(unit.cells.values())) == len(unit.cells)
+
+
+class Runs:
+    """In place of trainings: some runs finish, one diverges, then a signal comes.
+
+    Attributes:
+        asked: names of the runs of each call.
+    """
+
+    def __init__(self, finish: int) -> None:
+        self.finish, self.asked = finish, []
+
+    def __call__(self, jobs, together):
+        self.asked.append([job.log.stem for job in jobs])
+        for job in jobs[: self.finish]:
+            folder = job.log.with_suffix("")
+            if "seed1" in folder.name:
+                job.error = Diverged("training diverged")
+                continue
+            words = [word for word in job.words if word.startswith(("+method", "train.lr"))]
+            scores = {"accuracy": 0.5, "loss": 1.5, "rows": 4.0}
+            known = {"validation": 0.5, "validation_scores": {**scores, "rows": 2.0}}
+            tested = {"after": scores if "train.test=true" in job.words else None}
+            write_run(folder, 0.5, *words, **known, **tested)
+            (folder / "predictions.jsonl").write_text("{}\n" * 4)
+        return signal.SIGTERM if self.finish < len(jobs) else 0
+
+
+def test_a_stopped_grid_goes_on_where_it_was(tmp_path, monkeypatch):
+    changed = {"METHOD_RANKS": {"lora": (8,)}, "POWERS": (0, 1), "TABLE": tmp_path / "grid.csv"}
+    for name, value in changed.items():
+        monkeypatch.setattr(grid, name, value)
+    monkeypatch.setattr(grid, "tried", lambda method: {at(method, 8)})
+    runs = Runs(finish=4)
+    monkeypatch.setattr(grid, "train_runs", runs)
+    with pytest.raises(RunStopped, match="interrupted"):
+        grid.train(tmp_path / "runs", ["verbs"])
+    assert not changed["TABLE"].exists()
+    runs.finish = 100
+    grid.train(tmp_path / "runs", ["verbs"])
+    first, second = runs.asked
+    assert len(first) == len(set(first)) == 2 * 3 + 3
+    # what had finished is not trained again; what diverged is, as it has left nothing
+    assert set(second) == set(first[4:]) | {name for name in first[:4] if "seed1" in name}
+    table = grid.read_table()
+    assert len(table) == 9
+    diverged = table[table["seed"] == 1]
+    assert diverged["validation"].isna().all()
+    finished = table[table["seed"] != 1]
+    assert (finished["validation"] == 0.5).all()
+    full = finished[finished["steps"] == FULL]
+    assert (full["test_rows"] == 4).all()
+    assert (full["validation_rows"] == 2).all()
+    assert finished[finished["steps"] < FULL]["test"].isna().all()
+    # another rank is made later, and nothing again
+    monkeypatch.setattr(grid, "METHOD_RANKS", {"lora": (8, 16)})
+    grid.train(tmp_path / "runs", ["verbs"])
+    assert {name.split("-")[0] for name in runs.asked[-1]} == {"r16"}
+    assert len(grid.read_table()) == 15
