@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -36,7 +36,7 @@ from petl.training.together.runs import RunJob, train_runs
 
 DATA = "data"  # the folder of the files of all tasks, in that of the runs
 TABLE = Path(__file__).with_name("grid.csv")
-AT_A_TIME = 8
+AT_A_TIME, PASS = 8, 16  # runs that train together; of which there are models at a time
 SEEDS = range(3)
 POWERS = (-2, -1, 0, 1, 2)  # of 3, by which the method's default learning rate is multiplied
 METHOD_RANKS = {SIMPLEST: RANKS, **{method: (rank,) for method, rank in OTHERS.items()}}
@@ -136,22 +136,38 @@ class Unit:
         """
         begun = time.process_time()
         self.folder.mkdir(parents=True, exist_ok=True)
+        due = [folder for folder in self.cells if not is_finished(folder)]
+        failed = [
+            problem
+            for first in range(0, len(due), PASS)
+            for problem in self._train(due[first : first + PASS])
+        ]
+        if failed:
+            raise RunStopped(
+                f"{len(failed)} of {len(self.cells)} runs failed, such as {failed[0]}; the same "
+                "command continues"
+            )
+        return time.process_time() - begun
+
+    def _train(self, folders: Sequence[Path]) -> list[str]:
+        """Make runs; return the log and error of those that failed for other reasons than a rate.
+
+        Raises:
+            RunStopped: a signal ended them.
+        """
         jobs = []
-        for folder, cell in self.cells.items():
-            if not is_finished(folder):
-                words = cell.words(self.task, self.data, folder)
-                jobs.append(RunJob(words, partial(compose, words), Path(f"{folder}.log"), trial))
+        for folder in folders:
+            words = self.cells[folder].words(self.task, self.data, folder)
+            jobs.append(RunJob(words, partial(compose, words), Path(f"{folder}.log"), trial))
         signalled = train_runs(jobs, AT_A_TIME)
         if signalled:
             status = app.SIGNALLED + signalled
             raise RunStopped(f"interrupted; {how_to_continue()}", status=status)
         failed = [job for job in jobs if job.error and not isinstance(job.error, Diverged)]
-        if failed:
-            raise RunStopped(
-                f"{len(failed)} of {len(self.cells)} runs failed, see {failed[0].log}: "
-                f"{failed[0].error}; the same command continues"
-            )
-        return time.process_time() - begun
+        found = [f"{job.log}: {job.error}" for job in failed]
+        del jobs, failed
+        gc.collect()  # models, which refer to themselves
+        return found
 
     def rows(self) -> Iterator[dict[str, object]]:
         """Yield the lines of the table; a run that diverged has no scores."""
@@ -207,7 +223,6 @@ def train(folder: Path, names: list[str]) -> None:
     for number, unit in enumerate(todo, start=1):
         begun = time.monotonic()
         seconds = unit.train()
-        gc.collect()  # models, which refer to themselves
         table = [read_table()] if TABLE.exists() else []
         write_atomic(TABLE, pd.concat([*table, pd.DataFrame(unit.rows())]).to_csv(index=False))
         shutil.rmtree(unit.folder)
