@@ -11,7 +11,7 @@
     cd vaderSentiment-3.3.2/additional_resources && tar xf hutto_ICWSM_2014.tar.gz; cd -; cd ..
     export FASHION_MNIST=$PWD/sources/usr/share/datasets/fashion-mnist
     python scripts/advice.py files --sources sources   # once: the files of the tasks
-    python scripts/advice.py grid                      # 3,500 runs; resumes where it was stopped
+    python scripts/advice.py grid                      # 3,220 runs; resumes where it was stopped
     python scripts/advice.py replay                    # how good the advice is; seconds
 
 The scores are lines of scripts/advice/grid.csv, which `replay` reads; it trains nothing.

@@ -38,7 +38,6 @@ DATA = "data"  # the folder of the files of all tasks, in that of the runs
 TABLE = Path(__file__).with_name("grid.csv")
 AT_A_TIME, PASS = 8, 16  # runs that train together; of which there are models at a time
 SEEDS = range(3)
-POWERS = (-2, -1, 0, 1, 2)  # of 3, by which the method's default learning rate is multiplied
 METHOD_RANKS = {SIMPLEST: RANKS, **{method: (rank,) for method, rank in OTHERS.items()}}
 COMMON = (
     *("train.epochs=null", "train.linear_probe=false", "train.score_before=false"),
@@ -49,15 +48,16 @@ COMMON = (
 logger = logging.getLogger("petl.advice")  # below petl, whose messages the command prints
 
 
-def tried(method: str) -> set[Setting]:
+def tried(method: str, powers: Sequence[int]) -> set[Setting]:
     """Return the settings of a method that advice may try in short trials."""
+    around = [power for power in powers if abs(power) <= 1]
     if method != SIMPLEST:
         # of the smallest further rates, where files of LoRA are too large
-        powers = (-1, 0, 1) if method == "compacter" else (0,)
-        return {at(method, OTHERS[method], power) for power in powers}
-    settings = {at(method, 8, power) for power in POWERS} | {at(method, rank) for rank in (2, 32)}
+        some = around if method == "compacter" else [0]
+        return {at(method, OTHERS[method], power) for power in some}
+    settings = {at(method, 8, power) for power in powers} | {at(method, rank) for rank in (2, 32)}
     # of rank 4 where files of rank 8 are too large
-    return settings | {at(method, 4, power) for power in (-1, 0, 1)}
+    return settings | {at(method, 4, power) for power in around}
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,16 @@ class Unit:
         full, method = self.task.steps, self.method
         found = [
             (at(method, rank, power), full, seed)
-            for rank, power, seed in product(METHOD_RANKS[method], POWERS, SEEDS)
+            for rank, power, seed in product(METHOD_RANKS[method], self.task.powers, SEEDS)
         ]
         # advice gives each of its first trials one seed, and two to those of the last rung
         short, half = first_steps(full), round(LAST_SHARE * full)
         lengths = [(short, 0), *((half, seed) for seed in (0, 1) if half > short)]
-        found += [(setting, *length) for setting in sorted(tried(method)) for length in lengths]
+        found += [
+            (setting, *length)
+            for setting in sorted(tried(method, self.task.powers))
+            for length in lengths
+        ]
         cells = [Cell(self.task.name, *setting, steps, seed) for setting, steps, seed in found]
         return {self.folder / cell.name: cell for cell in cells if cell.name not in self.done}
 

@@ -54,6 +54,7 @@ class Task:
         words: settings of `petl train`; {data} is the folder of the files.
         steps: of a run of full length.
         block: tokens of a row of running text; 0: rows are as they are.
+        powers: of 3, by which a method's default learning rate is multiplied.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     words: tuple[str, ...]
     steps: int = 100
     block: int = 0
+    powers: Sequence[int] = (-2, -1, 0, 1, 2)
 
 
 BATCH = "train.batch_size=8"
@@ -81,9 +83,9 @@ def on_files(name: str, kind: str, *more: str) -> Task:
 def written(name: str, *words: str, block: int = 0) -> Task:
     """A task of SmolLM2, scored by the loss.
 
-    It is six times as large as the encoder: fewer rows and steps.
+    It is six times as large as the encoder: fewer rows, steps and learning rates.
     """
-    return Task(name, ANSWERS, (*words, "model=smollm2", PAIRS), steps=40, block=block)
+    return Task(name, ANSWERS, (*words, "model=smollm2", PAIRS), 30, block, powers=(-1, 0, 1))
 
 
 def puzzle(name: str) -> Task:

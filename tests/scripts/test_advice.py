@@ -3,6 +3,7 @@
 import math
 import signal
 import statistics
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from advice import grid, page
-from advice.grid import METHOD_RANKS, POWERS, Unit
+from advice.grid import METHOD_RANKS, Unit
 from advice.replay import (
     COSTS,
     ENDS,
@@ -30,6 +31,7 @@ from petl.experiments.advice.candidates import Constraint, at, needs, shortlist
 from petl.experiments.advice.evidence import Setting
 
 FULL, SHORT = 100, (20, 50)
+POWERS = (-2, -1, 0, 1, 2)
 SIZES = {"lora": 1000, "mola": 4000, "adapter": 900, "mos": 950, "compacter": 60}  # of a rank
 BEST = at("lora", 8)
 
@@ -289,10 +291,11 @@ class Runs:
 
 
 def test_a_stopped_grid_goes_on_where_it_was(tmp_path, monkeypatch):
-    changed = {"METHOD_RANKS": {"lora": (8,)}, "POWERS": (0, 1), "TABLE": tmp_path / "grid.csv"}
+    changed = {"METHOD_RANKS": {"lora": (8,)}, "TABLE": tmp_path / "grid.csv"}
     for name, value in changed.items():
         monkeypatch.setattr(grid, name, value)
-    monkeypatch.setattr(grid, "tried", lambda method: {at(method, 8)})
+    monkeypatch.setattr(grid, "TASKS", [replace(TASKS[0], powers=(0, 1))])
+    monkeypatch.setattr(grid, "tried", lambda method, powers: {at(method, 8)})
     runs = Runs(finish=4)
     monkeypatch.setattr(grid, "train_runs", runs)
     with pytest.raises(RunStopped, match="interrupted"):
