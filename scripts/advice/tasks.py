@@ -67,6 +67,7 @@ class Task:
 
 BATCH = "train.batch_size=8"
 TEXTS = ("data.max_length=48", BATCH)
+SHORT = "data.max_length=32"  # of texts that are far longer
 TOPICS, RATINGS = "texts, classes", "texts, ratings"
 PICTURES, ANSWERS = "images, classes", "texts, written"
 LIMITS = (f"data.train_rows={TRAIN_ROWS}", f"data.test_rows={TEST_ROWS}")  # files have no more
@@ -110,12 +111,13 @@ TASKS = (  # of each kind some at first, for a table that is not finished; the s
     on_files("products", RATINGS, "data.task=regression"),
     drawn("digits", "vit-digits", "data=digits"),
     on_files("reviews", TOPICS),
-    on_files("r8", TOPICS),
+    on_files("r8", TOPICS, SHORT),
     on_files("captions", TOPICS),
     in_folders("mnist"),
     *(on_files(name, RATINGS, "data.task=regression") for name in DOMAINS if name != "products"),
     in_folders("fashion"),
-    *(on_files(name, TOPICS) for name in ("nouns", "r52", "newsgroups", "fortunes")),
+    *(on_files(name, TOPICS) for name in ("nouns", "fortunes")),
+    *(on_files(name, TOPICS, SHORT) for name in ("r52", "newsgroups")),
     written("hamlet", "data=hamlet", *LINES, f"data.max_length={BLOCK}", block=BLOCK),
     *map(puzzle, PUZZLES),
 )
