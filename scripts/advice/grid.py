@@ -28,7 +28,6 @@ from petl.experiments.advice.schedule import LAST_SHARE, first_steps
 from petl.experiments.reports.formatting import duration
 from petl.experiments.sweeps.study import AT_THE_END
 from petl.system.files.disk import write_atomic
-from petl.system.settings.command_line import how_to_continue
 from petl.training import program as app
 from petl.training.compose import compose
 from petl.training.runs.records import PREDICTIONS, is_finished, read_results
@@ -166,7 +165,7 @@ class Unit:
         signalled = train_runs(jobs, AT_A_TIME)
         if signalled:
             status = app.SIGNALLED + signalled
-            raise RunStopped(f"interrupted; {how_to_continue()}", status=status)
+            raise RunStopped("interrupted; the same command continues", status=status)
         failed = [job for job in jobs if job.error and not isinstance(job.error, Diverged)]
         found = [f"{job.log}: {job.error}" for job in failed]
         del jobs, failed
