@@ -65,7 +65,7 @@ def _texts(tokenizer: Any, play: list[str], count: int, seed: int) -> list[list[
     """Return the ids of `count` prompts of each kind, from a part of the play."""
     far = max(1, len(play) // (count + 1))
     passages = ["\n".join(play[i * far : i * far + LINES]) for i in range(count)]
-    puzzles = [text for text, _ in islice(distinct(PUZZLE, seed, 10 * count), count)]
+    puzzles = [text for text, *_ in islice(distinct(PUZZLE, seed, 10 * count), count)]
 
     def chat(text: str) -> list[int]:
         return question(tokenizer, [{"role": "user", "content": text}])
@@ -82,10 +82,10 @@ def _texts(tokenizer: Any, play: list[str], count: int, seed: int) -> list[list[
 
 def _solved(tokenizer: Any) -> torch.Tensor:
     """Return the ids of word problems with their answers, one behind the other."""
-    pairs = islice(distinct(PUZZLE, SEED + 2, 10 * SOLVED), SOLVED)
+    solved = islice(distinct(PUZZLE, SEED + 2, 10 * SOLVED), SOLVED)
     chats = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        for text, answer in pairs
+        for text, answer, _ in solved
     ]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     return torch.tensor([i for text in texts for i in tokenizer(text)["input_ids"]])
