@@ -177,7 +177,11 @@ def _tell_stats(model: LanguageModel, stats: Stats) -> None:
         )
         return
     # what `generate` does between passes comes on top
-    plain = Costs.measure(model.base, counts=(1,)).seconds[1] * (stats.tokens - stats.answers)
+    known = None if model.drafter is None else model.drafter.costs
+    second = None if known is None else known.plain
+    if second is None:
+        second = Costs.measure(model.base, counts=(1,)).seconds[1]
+    plain = second * (stats.tokens - stats.answers)
     logger.info(
         "%d tokens in %d passes after the prompts: %.2f tokens a pass; %d of %d drafts were right; "
         "%.1f s, and the passes of plain decoding at least %.1f s",

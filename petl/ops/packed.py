@@ -7,9 +7,11 @@ not, if the weight is in its own layout. The copy is used for more than one row 
 them. Shapes: I in, O out.
 """
 
+import math
 import platform
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -121,12 +123,13 @@ class PackedWeights:
 
     Attributes:
         copies: by id of the weight.
-        wanted: number of passes so far that copies would have made faster.
+        seconds: that packing them took.
+        lost: seconds that passes without copies took beyond those with them, as decoding counts.
     """
 
     def __init__(self) -> None:
         self.copies: dict[int, _Copy] = {}
-        self.wanted = 0
+        self.seconds = self.lost = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -135,16 +138,53 @@ class PackedWeights:
         return sum(4 * copy.packed.numel() for copy in self.copies.values())
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Pack the weights of `model` that have no copy or have changed since; forget others."""
-        found: dict[int, _Copy] = {}
-        for layer in packable(model):
+    def update(
+        self,
+        model: nn.Module,
+        seconds: float = math.inf,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Pack the weights of `model` that have no copy or have changed since; forget others.
+
+        Args:
+            model: its layers of `packable`.
+            seconds: leave out what would take longer, by the time that packing has taken so far.
+            clock: seconds now.
+        """
+        layers = packable(model)
+        self.copies = {
+            id(each.weight): self.copies[id(each.weight)]
+            for each in layers
+            if self.has(each.weight)
+        }
+        self.pack(layers, seconds, clock)
+
+    def has(self, weight: Tensor) -> bool:
+        """Return True if there is a copy of a weight, and it has not changed since."""
+        known = self.copies.get(id(weight))
+        return known is not None and known.weight() is weight and known.state == _state(weight)
+
+    @torch.no_grad()
+    def pack(self, layers: Iterable[nn.Linear], seconds: float, clock: Callable[[], float]) -> None:
+        """Pack weights without a copy, one after the other, until it would take too long.
+
+        Args:
+            layers: of `packable`; what `update` has not seen changes unnoticed.
+            seconds: of packing.
+            clock: seconds now.
+        """
+        for layer in layers:
             weight = layer.weight
-            known, state = self.copies.get(id(weight)), _state(weight)
-            if known is None or known.weight() is not weight or known.state != state:
-                known = _Copy(ref(weight), state, _reordered(weight))
-            found[id(weight)] = known
-        self.copies = found
+            if id(weight) in self.copies:
+                continue
+            # of the first one nothing is known
+            price = self.seconds * weight.nbytes / self.nbytes if self.copies else 0.0
+            if price >= seconds:
+                return
+            began = clock()
+            self.copies[id(weight)] = _Copy(ref(weight), _state(weight), _reordered(weight))
+            taken = clock() - began
+            self.seconds, seconds = self.seconds + taken, seconds - taken
 
     @contextmanager
     def active(self) -> Generator[None]:

@@ -57,6 +57,26 @@ def test_products_are_the_same_and_packed_for_more_than_one_row(calls, rows):
 
 
 @torch.no_grad()
+def test_weights_are_packed_within_a_time(calls):
+    net, weights, ticks = Net(), packed.PackedWeights(), iter(range(0, 100, 6))
+    plain, x = net(torch.ones(3, 24)), torch.ones(3, 24)
+    layers, clock = packed.packable(net), lambda: next(ticks)
+    weights.pack(layers, 0.0, clock)
+    assert not weights.copies
+    weights.pack(layers, 1.0, clock)  # of the first nothing is known: it takes six seconds
+    assert [*weights.copies] == [id(net.first.weight)]
+    assert weights.seconds == 6
+    # 320 values after 960 in six seconds: two
+    weights.pack(layers, 2.0, clock)
+    assert len(weights.copies) == 1
+    with packed.packed_classes(net), weights.active():
+        assert torch.allclose(net(x), plain, atol=1e-5)
+    assert calls == [3]
+    weights.pack(layers, 2.1, clock)
+    assert len(weights.copies) == 2
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("change", ["add_", "data", "item", "new"])
 def test_a_weight_that_has_changed_is_packed_again(change):
     net, weights, x = Net(), packed.PackedWeights(), torch.randn(3, 24)

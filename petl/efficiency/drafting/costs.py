@@ -1,7 +1,11 @@
-"""What a pass over several tokens costs, relative to a pass over one; measured on this machine."""
+"""What a pass over several tokens costs, relative to a pass over one, on this machine.
+
+Decoding learns it from its own passes; `Costs.measure` measures it.
+"""
 
 import statistics
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -25,7 +29,6 @@ from petl.errors import InputError
 from petl.ops.packed import PackedWeights, packed_classes
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
-QUICK = (1, 2, 3, 4, 6, 8, 12)  # of a measurement while decoding
 
 
 class Costs:
@@ -35,7 +38,7 @@ class Costs:
         seconds: by number of tokens; 1 is among them.
     """
 
-    # kept for the whole process: a measurement while decoding takes 28 passes and a prefill
+    # kept for the whole process: a measurement takes 60 passes and a prefill
     _measured: dict[tuple[object, ...], "Costs"] = {}
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
@@ -49,6 +52,11 @@ class Costs:
                 f"Costs({dict(seconds)}) needs seconds above 0 by number of tokens, 1 included"
             )
         self.seconds = {n: float(seconds[n]) for n in sorted(seconds)}
+
+    @property
+    def plain(self) -> float | None:
+        """Seconds of a pass over one token; None: not known yet."""
+        return self.seconds[1]
 
     def __repr__(self) -> str:
         ratios = ", ".join(f"{n}: {self.ratio(n):.2f}" for n in self.seconds)
@@ -120,9 +128,42 @@ class Costs:
         return cls._measured[key]
 
 
-# SmolLM2-135M in float32 with packed weights, one thread, 200 tokens in the cache; for plans before
-# a measurement
+class LearnedCosts(Costs):
+    """Costs that are learned from the passes of decoding: medians of the latest ones.
+
+    Of a number of tokens with few passes the ratio is the expected one, as many times larger as
+    those of the others are in the median; before the first pass over one token all are expected.
+    """
+
+    KEPT, LEAST = 9, 2  # passes of a number of tokens: the latest, and as many as are believed
+
+    def __init__(self, expected: Costs) -> None:
+        super().__init__(expected.seconds)
+        self.expected = expected
+        self._times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=self.KEPT))
+
+    @property
+    def plain(self) -> float | None:
+        """Seconds of a pass over one token; None: there was none yet."""
+        return self.seconds[1] if self._times[1] else None
+
+    def add(self, count: int, seconds: float) -> None:
+        """Take the time of a pass over `count` tokens."""
+        self._times[count].append(seconds)
+        if self._times[1]:
+            unit = statistics.median(self._times[1])
+            times = {n: each for n, each in self._times.items() if n > 1}
+            known = {n: statistics.median(t) for n, t in times.items() if len(t) >= self.LEAST}
+            larger = [seconds / self.expected.ratio(n) for n, seconds in known.items()]
+            usual = statistics.median(larger) if larger else unit
+            found = {n: value * usual for n, value in self.expected.seconds.items()} | known
+            self.seconds = {1: unit, **{n: found[n] for n in sorted(found) if n > 1}}
+
+
+# SmolLM2-135M in float32, one thread, 200 tokens in the cache: with packed weights, also for plans
+# before a measurement; and without, means of an AMD EPYC and an Intel Xeon processor
 TYPICAL = Costs({1: 1.0, 2: 1.29, 3: 1.1, 4: 1.1, 6: 1.08, 8: 1.27, 16: 1.56, 32: 2.2, 64: 3.5})
+UNPACKED = Costs({1: 1.0, 2: 1.4, 3: 1.6, 4: 1.6, 6: 1.8, 8: 2.1, 16: 2.3, 32: 3.3, 64: 5.0})
 
 
 def _key(model: nn.Module) -> tuple[object, ...]:

@@ -59,7 +59,7 @@ class Stats:
         passes: after those over the prompts.
         drafted: tokens that were guessed and verified.
         accepted: those of them that were right.
-        seconds: from the first token of an answer to the last, without measuring costs.
+        seconds: from the first token of an answer to the last.
         answers: number of rows.
     """
 
@@ -114,7 +114,7 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
         stream: a streamer of transformers; `streamer` itself does not reach this function.
         pack: use packed copies of float32 weights on x86 CPUs (`petl.ops.packed`); "auto": after
             some passes, if there is memory for them.
-        costs: of a pass; None: measured when they are needed.
+        costs: of a pass; None: learned from the passes.
         clock: seconds now.
         switch: stop drafting for a while where it is slower than plain decoding.
         encoder_input_ids: tokens that the encoder of an encoder-decoder has read, for drafters that
@@ -243,8 +243,7 @@ class Decoding:
             self.stream.end()
         self.stats.tokens += len(self.tokens) - length
         self.stats.answers += 1
-        # measuring costs is not part of decoding
-        self.stats.seconds += clock() - began - self.rounds.measuring
+        self.stats.seconds += clock() - began
         return self._result()
 
     def _begin(self) -> bool:
@@ -276,7 +275,7 @@ class Decoding:
         self.stats.drafted += found.drafted
         self.stats.accepted += found.tokens - 1
         if self.rounds.switch.is_due and not found.has_ended:
-            self.rounds.judge(self.passes.inputs)
+            self.rounds.judge()
         return found.has_ended
 
     # Tokens

@@ -4,6 +4,7 @@
 own. Shapes: N nodes of a pass (the root, then the drafts), V tokens of the vocabulary, H width.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 
 from petl.core.types import CausalModel
 from petl.efficiency.drafting import tree
-from petl.efficiency.drafting.costs import QUICK, TYPICAL, Costs
-from petl.efficiency.drafting.pairs import ModelInputs
+from petl.efficiency.drafting.costs import TYPICAL, UNPACKED, Costs, LearnedCosts
 from petl.efficiency.drafting.policy import Switch, switch_of
 from petl.efficiency.drafting.registry import Drafter, PassOutput, Root, vocabulary_of
 from petl.errors import UnsupportedError
-from petl.ops.packed import PackedWeights, is_supported, packable, packed_classes, packed_weights
+from petl.ops.packed import is_supported, packable, packed_classes, packed_weights
 
+SHORTEST = 1e-9  # seconds of a pass, by a clock that has not moved
 # from the number of a node to the model's own token behind it; None: the answer ends with it
 Take = Callable[[int], int | None]
 
@@ -75,8 +76,7 @@ class Rounds:
         drafter: None: each round gives one token.
         switch: rests the drafter where it is slower than plain decoding.
         packing: of the model's weights, in passes over several tokens.
-        costs: of a pass; None: not measured yet.
-        measuring: seconds of measuring them.
+        costs: of a pass; learned from the rounds unless they are given.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Rounds:
         """Prepare rounds; arguments as of `petl.drafting.decode`."""
         self.model, self.drafter, self.clock = model, drafter, clock
         self.vocabulary = vocabulary_of(model)
-        self.packing = Packing(model, pack)
+        self.packing = Packing(model, pack, clock)
         has_switch = switch and drafter is not None
         self.switch = switch_of(drafter) if has_switch else Switch(enabled=False)
         known = None if drafter is None else drafter.costs  # of an earlier call
-        self.costs = known if costs is None else costs
-        self.measuring = 0.0
+        expected = UNPACKED if self.packing.is_possible else TYPICAL
+        self.costs = costs or known or LearnedCosts(expected)
 
     def start(
         self, ids: Sequence[int], states: Tensor | None, encoder: Sequence[int] | None = None
@@ -126,7 +126,9 @@ class Rounds:
             budget: number of drafts at most; None: as the drafter likes.
             depth: how deep they may be; None: no limit.
         """
-        drafter = self.drafter if self.switch.is_on else None
+        # a window that is due waits for a plain pass, to be compared with
+        waits = self.switch.is_due and self.costs.plain is None
+        drafter = self.drafter if self.switch.is_on and not waits else None
         began = self.clock()
         tokens, parents = [], []
         if drafter is not None:
@@ -140,11 +142,17 @@ class Rounds:
             )
         nodes = torch.tensor([ids[-1], *tokens])
         count = len(nodes)
-        if count > 1 and self.costs is not None and passes.has_room(self.costs.padded(count)):
+        if count > 1 and passes.has_room(self.costs.padded(count)):
             count = self.costs.padded(count)
         # a root alone takes the plain weights: faster, and rounded as in plain decoding
         with self.packing.active() if count > 1 else nullcontext():
+            entered = self.clock()
             logits = passes.run(ids, tokens, parents, count)
+        taken = self.clock() - entered
+        if isinstance(self.costs, LearnedCosts):
+            self.costs.add(count, max(taken, SHORTEST))
+        if count > 1 and self.costs.plain is not None:
+            self.packing.lose(taken - TYPICAL.ratio(count) * self.costs.plain)
         path, has_ended = accepted(tree.children(tokens, parents), choose(logits))
         # also at the end: a cache that is returned holds all ids but the last, as in `generate`
         passes.keep(path, count)
@@ -155,26 +163,14 @@ class Rounds:
         needs, edges = drafter.needs, torch.tensor(parents, dtype=torch.long)
         shown = logits if needs.logits else None, passes.states if needs.last else None
         drafter.observe(PassOutput(nodes, edges, *shown, path))
-        cost = (self.costs or TYPICAL).ratio(len(nodes)) - 1
+        cost = self.costs.ratio(len(nodes)) - 1
         self.switch.add(len(path), self.clock() - began, cost)
         return Round(len(tokens), len(path), has_ended)
 
-    def judge(self, inputs: ModelInputs | None = None) -> None:
-        """Compare a window that is due with plain decoding; the costs are measured once.
-
-        Args:
-            inputs: of a pass besides tokens, as of `Costs.measure`.
-        """
-        if self.costs is None:
-            began = self.clock()
-            weights = self.packing.weights
-            self.costs = Costs.measure(
-                self.model, counts=QUICK, rounds=3, packed=weights, inputs=inputs
-            )
-            self.measuring += self.clock() - began
-            if self.drafter is not None:
-                self.drafter.costs = self.costs
-        self.switch.judge(self.costs.seconds[1])
+    def judge(self) -> None:
+        """Compare a window that is due with plain decoding, once its time is known."""
+        if self.costs.plain is not None:
+            self.switch.judge(self.costs.plain)
 
 
 def accepted(children: Sequence[Mapping[int, int]], take: Take) -> tuple[list[int], bool]:
@@ -201,29 +197,29 @@ def accepted(children: Sequence[Mapping[int, int]], take: Take) -> tuple[list[in
 # When decoding packs the linear weights of a model, see `petl.ops.packed`
 
 
-AFTER = 32  # passes over several tokens; packing takes as long as about 35 passes over one
+# of what passes with plain weights have lost: packing all of them takes as long as 8 to 35 passes
+# over one token, which pays when about as much was lost
+SHARE = 1 / 3
 
 
 class Packing:
-    """The packed weights of a model while it decodes.
+    """The packed weights of a model while it decodes."""
 
-    Attributes:
-        weights: the copies, once they are used; else None.
-    """
-
-    def __init__(self, model: nn.Module, pack: bool | Literal["auto"]) -> None:
+    def __init__(
+        self, model: nn.Module, pack: bool | Literal["auto"], clock: Callable[[], float]
+    ) -> None:
         """Decide whether weights may be packed.
 
         Args:
             model: with its adapters.
-            pack: True: from the first pass on; "auto": after some passes, if the copies take less
-                than half of the memory that is available.
+            pack: True: from the first pass on; "auto": little by little, for a share of what
+                passes lose without copies, if these take less than half of the free memory.
+            clock: seconds now.
 
         Raises:
             UnsupportedError: `pack` is True, and there is nothing that can be packed.
         """
-        self.model = model
-        self.weights: PackedWeights | None = None
+        self.model, self.clock, self._at_once = model, clock, pack is True
         layers = packable(model) if pack and is_supported() else []
         if pack is True and not layers:
             raise UnsupportedError(
@@ -235,23 +231,32 @@ class Packing:
             unique: dict[int, Tensor] = {id(layer.weight): layer.weight for layer in layers}
             size = sum(weight.nbytes for weight in unique.values())
             layers = layers if 2 * size < psutil.virtual_memory().available else []
-        # the first passes over several tokens tell whether there will be more
-        self._waits = 0 if pack is True else AFTER
+        self._layers, self._is_checked = layers, False
         self._copies = packed_weights(model) if layers else None
+
+    @property
+    def is_possible(self) -> bool:
+        """True if passes over several tokens would be faster with copies, which there may be."""
+        return self._copies is not None
 
     def classes(self) -> AbstractContextManager[None]:
         """Let linear layers look for packed copies inside the block."""
         return nullcontext() if self._copies is None else packed_classes(self.model)
 
+    def lose(self, seconds: float) -> None:
+        """Count what a pass took beyond one with packed weights."""
+        if self._copies is not None:
+            self._copies.lost += max(0.0, seconds)
+
     def active(self) -> AbstractContextManager[None]:
-        """Use the copies for a pass over several tokens, once they are worth making."""
-        if self._copies is None:
+        """Use copies for a pass over several tokens, as far as they are worth making."""
+        copies = self._copies
+        if copies is None:
             return nullcontext()
-        if self.weights is None:
-            # counted over calls: many short answers, too, are worth it
-            self._copies.wanted += 1
-            if self._copies.wanted <= self._waits:
-                return nullcontext()
-            self._copies.update(self.model)  # once per call: weights may have changed since
-            self.weights = self._copies
-        return self.weights.active()
+        worth = math.inf if self._at_once else SHARE * copies.lost - copies.seconds
+        if self._is_checked or not (copies.copies or worth > 0):
+            copies.pack(self._layers, worth, self.clock)
+        else:  # once per call: weights may have changed since
+            copies.update(self.model, worth, self.clock)
+            self._is_checked = True
+        return copies.active() if copies.copies else nullcontext()

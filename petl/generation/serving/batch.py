@@ -292,8 +292,7 @@ class Drafts:
         depth = request.max_tokens - request.tokens - 1
         found = self.rounds.run(self, self.ids, self._choose, depth=depth)
         if self.rounds.switch.is_due:
-            with batch.passes.active():
-                self.rounds.judge()
+            self.rounds.judge()
         if found.has_ended:
             batch.clear()
             self.request = None

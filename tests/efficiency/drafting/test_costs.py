@@ -6,6 +6,7 @@ from draft_fixtures import DECODERS, PAD, Oracle, prompt
 
 from petl import testing
 from petl.efficiency.drafting import Costs, Stats, decode
+from petl.efficiency.drafting.costs import TYPICAL, LearnedCosts
 from petl.efficiency.drafting.policy import REST, WINDOW, Switch
 from petl.errors import InputError
 
@@ -40,6 +41,46 @@ def test_costs_are_measured_once_and_leave_the_model_and_random_state_alone(fami
     assert [*costs.seconds] == [1, 2, 3, 4, 6, 8, 12, 16, 32]
     assert Costs.measure(model, 20, rounds=1) is costs
     assert Costs.measure(model.double(), 20, rounds=1) is not costs
+
+
+def test_costs_are_learned_as_medians_of_the_latest_passes():
+    costs = LearnedCosts(TYPICAL)
+    assert costs.plain is None
+    for seconds in (7.0, 9.0, 8.0):
+        costs.add(4, seconds)
+    # nothing to compare with yet
+    assert [costs.ratio(n) for n in (2, 4, 8)] == [TYPICAL.ratio(n) for n in (2, 4, 8)]
+    costs.add(1, 4.0)
+    assert costs.plain == 4.0
+    assert costs.seconds[4] == 8.0
+    # too few passes over 8 tokens: slower than typical ones as those over 4 are
+    costs.add(8, 400.0)
+    assert costs.seconds[8] / TYPICAL.ratio(8) == pytest.approx(8.0 / TYPICAL.ratio(4))
+    for seconds in (1.0, 2.0):
+        costs.add(1, seconds)
+    assert costs.plain == 2.0
+    assert costs.seconds[4] == 8.0
+    for _ in range(9):  # the machine has become faster
+        costs.add(4, 3.0)
+    assert costs.seconds[4] == 3.0
+
+
+def test_decoding_learns_the_costs_of_its_own_passes():
+    model, ids, clock = testing.tiny_llama(), prompt(), Clock()
+    settings = {"max_new_tokens": 40, "pad_token_id": PAD, "use_cache": True, "do_sample": False}
+    plain = model.generate(ids, **settings)
+
+    def tick(module, args, kwargs, output):
+        clock.now += 2.0 if kwargs["input_ids"].shape[1] == 1 else 3.0
+
+    handle = model.register_forward_hook(tick, with_kwargs=True)
+    # three drafts that are right, or wrong ones, after which plain rounds come
+    for guess in (Oracle(plain, 3), Oracle((plain + 1) % model.config.vocab_size, 3)):
+        more = {"drafter": guess, "clock": clock, "custom_generate": decode}
+        assert torch.equal(model.generate(ids, **settings, **more), plain)
+    handle.remove()
+    assert guess.costs.plain == 2.0
+    assert guess.costs.ratio(4) == 1.5  # whatever number of tokens the passes had
 
 
 # The switch
