@@ -1,6 +1,6 @@
 """Short answers of a new process, with drafts: speed over plain `generate`, prompt by prompt.
 
-    taskset -c 1 python scripts/bench/first_answers.py --prompts 3 --tokens 24
+    PYTHONPATH=scripts python -m bench.first_answers --prompts 3 --tokens 24
 
 SmolLM2-135M in float32, and prompts of four kinds: word problems, and passages of Hamlet to
 continue, to copy and to explain. Processor time of one thread, its prompt included, plain decoding
