@@ -27,9 +27,9 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3790,
-    "ops": 3620,
+    "ops": 3660,
     "core": 14735,
-    "efficiency": 10105,
+    "efficiency": 10150,
     "data": 17030,
     "training": 17050,
     "methods": 19820,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15930, "tests": 86570}
+OTHERS = {"scripts": 15985, "tests": 86640}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
