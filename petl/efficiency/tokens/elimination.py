@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import AttentionInterface
 
 from petl.core.layers.class_swap import SwappedClass, original_class
@@ -64,8 +65,9 @@ class TokenBlock(SwappedClass):
         tokens, positions = hidden.shape[1], kwargs.get("position_ids")
         if self.choice.count(tokens) * self.choice.block >= tokens:
             return None
-        # positions begin again with each text
-        if isinstance(positions, Tensor) and bool((positions.diff() < 0).any()):
+        # positions begin again with each text; those of a plan have no values
+        known = isinstance(positions, Tensor) and not isinstance(positions, FakeTensor)
+        if known and bool((positions.diff() < 0).any()):
             return None
         valid = valid_tokens(kwargs.get("attention_mask"), hidden)
         return self.choice.positions(self.scorer(self, hidden, valid, kwargs), valid)

@@ -243,8 +243,8 @@ def by_shapes(
     config: RunConfig, splits: Splits, device: torch.device, memory: int
 ) -> Generator[Fits]:
     """Yield a test that compares the bytes of a step, from its shapes, with `memory`."""
-    fields = Setup(load_base, config, splits, features_of(config.resolved)).fields()
-    model, _ = model_on_shapes(config, splits.task, fields)
+    setup = Setup(load_base, config, splits, features_of(config.resolved))
+    model, _ = model_on_shapes(config, splits.task, setup.fields(), setup.when_wrapped)
     storage = storage_of(config, splits.task)
     bf16 = config.precision == "bf16"
     with without_values(model, device), for_training(model, config.train):

@@ -144,7 +144,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     splits = encode_splits(data, processor, settings, accelerator, orders_of(features))
     setup = Setup(load_base, run, splits, features)
     fields = setup.fields()
-    model, notes = model_on_shapes(run, data.task, fields)
+    model, notes = model_on_shapes(run, data.task, fields, setup.when_wrapped)
     config = build_config(**fields)
     storage = storage_of(run, data.task)
     notes += [*setup.notes, *notes_of(run, fields, storage.processes)]

@@ -1,6 +1,7 @@
 """The wrapped model of a run without weights, and how a run would store them."""
 
 import warnings
+from collections.abc import Callable, Iterable
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -19,11 +20,17 @@ from petl.training.runs.config import RunConfig
 from petl.training.wrapping import train_new_modules
 
 
-def model_on_shapes(run: RunConfig, task: Task, fields: Fields) -> tuple[PeftModel, list[str]]:
+def model_on_shapes(
+    run: RunConfig,
+    task: Task,
+    fields: Fields,
+    when_wrapped: Iterable[Callable[[PeftModel], None]] = (),
+) -> tuple[PeftModel, list[str]]:
     """Return the wrapped model of a run without weights, and notes about it.
 
     Args:
         fields: those of the method, from `Setup.fields`.
+        when_wrapped: of the same setup.
     """
     planned, notes = without_data(fields)  # an initialization from data needs the data
 
@@ -32,6 +39,8 @@ def model_on_shapes(run: RunConfig, task: Task, fields: Fields) -> tuple[PeftMod
 
     with warnings.catch_warnings(record=True) as caught:
         model = on_shapes(build, train_new_modules(planned, build()))
+    for finish_wrapping in when_wrapped:
+        finish_wrapping(model)
     losses.attach(model, run.loss)
     apply_rewrites(model, rewrites_of(run.train))
     for _, parameter in trainable(model):

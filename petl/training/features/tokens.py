@@ -61,7 +61,7 @@ class DroppedTokens(RunFeature):
             file_of("tokens.predictor", settings.predictor, [".safetensors"])
 
     def before_wrapping(self, setup: Setup, fields: Fields) -> Fields:
-        """Let the wrapped model leave tokens out; a plan says what it does not know."""
+        """Let the wrapped model leave tokens out."""
         rows = setup.splits.train
         # the rows of a stream are not known yet
         streams = isinstance(rows, StreamedRows)
@@ -70,13 +70,7 @@ class DroppedTokens(RunFeature):
                 f"tokens={self.settings.name} leaves blocks of a text out, and data.pack=true puts "
                 "several texts in a row: set data.pack=false"
             )
-        if setup.run is None:
-            setup.notes.append(
-                f"tokens={self.settings.name} leaves tokens out of attention; memory and time are "
-                "those of all"
-            )
-        else:
-            setup.when_wrapped.append(self.drop)
+        setup.when_wrapped.append(self.drop)
         return fields
 
     def before_training(self, context: Context) -> None:

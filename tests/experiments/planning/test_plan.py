@@ -372,6 +372,38 @@ def test_segments_of_the_loss_need_the_memory_of_a_real_pass(trained):
         assert passes[0].peak - passes[1].peak > (27 - 5) * 500 * 4
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_pass_of_some_tokens_needs_the_memory_of_a_real_one(attention):
+    config = llama_config()
+    config._attn_implementation = attention
+    method = {"name": "lora", "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+
+    def on_meta():
+        with torch.device("meta"):
+            return LlamaForCausalLM(config)
+
+    ids = torch.randint(4, 15, (3, 27))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    batch["position_ids"] = torch.arange(27).expand(3, -1)
+    batch["attention_mask"][1, 20:] = 0
+    passes = []
+    for keep in (None, 0.4):
+        real, shapes = petl.wrap(LlamaForCausalLM(config), **method), on_shapes(on_meta, method)
+        for model in (real.train(), shapes.train()) if keep else ():
+            petl.drop_tokens(model, keep=keep, block=4, layers="all")
+        real.train(), shapes.train()
+        with without_values(shapes, CPU):
+            planned = pass_memory(shapes, batch, CPU)
+        with LiveBytes((*real.parameters(), *real.buffers(), *batch.values())) as live:
+            loss = real(**batch).loss
+            kept = live.now
+            loss.backward()
+        assert (planned.kept, planned.peak) == (kept, live.peak)
+        passes.append(planned)
+    assert passes[1].kept < passes[0].kept
+    assert passes[1].operations < passes[0].operations
+
+
 def test_shared_weights_stay_shared_without_values():
     with torch.device("meta"):
         base = LlamaForCausalLM(llama_config())
