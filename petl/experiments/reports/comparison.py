@@ -81,7 +81,7 @@ class Comparison:
         found: dict[str, dict[int, float]] = {}
         for run in self.runs:  # with one seed, the score does not depend on the method
             if self.metric in (run.scores.get(name) or {}):
-                by_seed = found.setdefault(run.settings["model.name"], {})
+                by_seed = found.setdefault(run.model, {})
                 by_seed[run.seed] = run.scores[name][self.metric]
         return {model: list(by_seed.values()) for model, by_seed in found.items()}
 
@@ -89,7 +89,8 @@ class Comparison:
         """Settings that differ between runs, besides method, loss, learning rate and seed."""
         expected = {SEED, *TUNED}
         # of different models, all further settings of `model` may differ
-        groups = ("method.", "loss.", *(() if self._is_equal("model.name") else ("model.",)))
+        several = len({run.model for run in self.runs}) > 1
+        groups = ("method.", "loss.", *(("model.",) if several else ()))
         keys = dict.fromkeys(key for run in self.runs for key in run.settings)
         # method and loss are what is compared, so they may differ
         others = (key for key in keys if key not in expected and not key.startswith(groups))

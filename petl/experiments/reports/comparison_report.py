@@ -74,7 +74,7 @@ def write_page(
 
 def title_of(comparison: Comparison) -> str:
     """Return the heading of a section: data set, what tells its examples from others', models."""
-    models = dict.fromkeys(run.settings["model.name"] for run in comparison.runs)
+    models = dict.fromkeys(run.model for run in comparison.runs)
     examples = f" ({comparison.examples})" if comparison.examples else ""
     return f"{comparison.topic}{examples} on {', '.join(models)}"
 
@@ -317,7 +317,7 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     counted = sample_size(first.evaluation)  # the same for all runs
     packages = ("torch", "transformers", "peft")
     return {
-        "model": first.settings["model.name"],
+        "model": first.model,
         "data": f"{comparison.topic}, {comparison.split} examples" + (counted and f": {counted}"),
         "machine": f"{machine}{cores}, {', '.join(map(str, threads))} {unit} per run",
         "started": started[0] if len(started) == 1 else f"{started[0]} to {started[-1]}",

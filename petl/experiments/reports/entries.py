@@ -79,6 +79,12 @@ class RunResult:
         return found | {name: self.evaluation[name] for name in COUNTS if name in self.evaluation}
 
     @property
+    def model(self) -> str:
+        """The name of the base model, or its folder."""
+        name = self.settings["model.name"]
+        return str(self.settings.get("model.path") or name) if name == "path" else str(name)
+
+    @property
     def device(self) -> str:
         """Name of the accelerator, or of the processor without one."""
         values = self.environment

@@ -1,6 +1,7 @@
 """The checked settings of a run, as `petl.training.runs.run_config.read_config` returns them."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -60,6 +61,9 @@ class RunConfig:
 def names_of(config: Settings) -> list[str]:
     """Return the parts of a run's name: recipe or method, ranks, extra loss, model, data."""
     named = {group: config[group]["name"] for group in NAMED if config.get(group)}
+    folder = config["model"].get("path")
+    if folder and named["model"] == "path":
+        named["model"] = Path(folder).name
     if config.get("recipe"):
         named["method"] = config["recipe"]
     return [str(name) for name in named.values()]

@@ -108,6 +108,18 @@ def test_the_scores_of_a_probe_count_once_for_each_seed_and_model(tmp_path):
     assert only([tmp_path]).reference("linear_probe") == {"minilm": [0.3, 0.3]}
 
 
+def test_models_of_two_folders_have_their_own_scores_before_training(tmp_path):
+    folders = [tmp_path / "bases" / name for name in ("one", "two")]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+        words = "+method=lora", "model=path", f"model.path={folder}"
+        write_run(tmp_path / "runs" / str(number), 0.5, *words, before=0.1 + number / 10)
+    found = only([tmp_path / "runs"])
+    assert found.reference("before") == {str(folders[0]): [0.1], str(folders[1]): [0.2]}
+    assert found.confounders() == []
+
+
 def test_settings_that_differ_besides_the_method_are_listed(tmp_path):
     words = ["train.lr=0.1"], ["train.steps=6"], ["train.steps=24", "data.max_length=64"]
     for i, (method, more) in enumerate(zip(("lora", "mola", "mos"), words, strict=True)):

@@ -86,3 +86,6 @@ def test_the_configuration_of_a_run_has_every_value_that_it_depends_on():
 def test_a_run_is_called_by_its_parts():
     cfg = compose(["+method=mola", "+loss=density", "model=smollm2", "data=hamlet"])
     assert names_of(cfg) == ["mola", "density", "smollm2", "hamlet"]
+    # of a folder, not "path"
+    cfg = compose(["+method=lora", "model=path", "model.path=bases/Qwen3-0.6B/", "data=hamlet"])
+    assert names_of(cfg) == ["lora", "Qwen3-0.6B", "hamlet"]
