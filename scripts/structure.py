@@ -35,12 +35,12 @@ BUDGETS = {
     "methods": 19820,
     "adapters": 9105,
     "generation": 7695,
-    "experiments": 8645,
+    "experiments": 8660,
     "cli": 4760,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15985, "tests": 86640}
+OTHERS = {"scripts": 15985, "tests": 86720}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
