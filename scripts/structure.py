@@ -34,13 +34,13 @@ BUDGETS = {
     "training": 17050,
     "methods": 19820,
     "adapters": 9105,
-    "generation": 7695,
+    "generation": 7885,
     "experiments": 8660,
-    "cli": 4760,
+    "cli": 4770,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15985, "tests": 86720}
+OTHERS = {"scripts": 15985, "tests": 86800}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from petl.generation.serving.scoring import ScoringService
 
 LOCAL = "localhost"
+MB, PREFIXES = 2**20, 256  # MB of the beginnings of prompts, by default
 logger = logging.getLogger("petl")
 
 
@@ -44,6 +45,12 @@ def serve(options: ServeOptions) -> None:
     runs = named_runs(options.runs)
     # from files alone: the port is taken, and models are loaded, after it
     scoring = scores(options, runs)
+    if options.prefix_cache is not None and (scoring or options.engine != PETL):
+        raise InputError(
+            f"--prefix-cache={options.prefix_cache} is of answers by petl's own engine, and "
+            f"{'these models write none' if scoring else options.engine + ' has its own'}: leave "
+            "it out"
+        )
     bound = app.bind(options.host, options.port)  # before the models, which take longer
     with ExitStack() as stack:
         if scoring:
@@ -110,6 +117,7 @@ def _loaded(
             trust_remote_code=options.trust_remote_code,
             other_base=options.other_base,
             drafter=None if options.drafter == NO_DRAFTS else options.drafter,
+            prefix_bytes=MB * (PREFIXES if options.prefix_cache is None else options.prefix_cache),
             weights=own_weights(options),
         )
         return served, Engine(**limits)

@@ -772,6 +772,11 @@ class ServeOptions(LoadOptions, EngineOptions):
         ("free", NO_DRAFTS),
         "free",
     )
+    prefix_cache: int | None = option(
+        "MB for keys and values of the beginnings of prompts, which later prompts that begin alike "
+        "need not compute; 0: none (default: 256)",
+        number(int, 0, 10**6),
+    )
 
 
 @command("draft", "drafts:draft")

@@ -30,6 +30,7 @@ from petl.efficiency.drafting.rounds import Rounds, Take
 from petl.efficiency.in_place_cache import cache_argument
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.serving import kv_cache
+from petl.generation.serving.prefixes import BLOCK, Block, PrefixCache, fill
 from petl.generation.serving.request import Request
 from petl.training.generation import padded
 
@@ -45,7 +46,12 @@ class BatchPasses:
     """
 
     def __init__(
-        self, model: LanguageModel, adapter: str | None, *, drafter: str | None = None
+        self,
+        model: LanguageModel,
+        adapter: str | None,
+        *,
+        drafter: str | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """Prepare passes of a model.
 
@@ -54,6 +60,7 @@ class BatchPasses:
             adapter: the one adapter of all rows; None: each row has its own.
             drafter: what guesses tokens of a row that is alone, as of `petl.drafting.drafter`, if
                 the model can verify guesses; None: nothing.
+            prefixes: known beginnings of prompts, if passes behind them are right; None: none.
         """
         self.model, self.adapter = model, adapter
         self.count = 0
@@ -65,12 +72,36 @@ class BatchPasses:
         # the module of a model whose positions depend on its images, and which stores their shift
         modules = model.base.modules()
         self.shifting: Any = next((m for m in modules if hasattr(m, "rope_deltas")), None)
-        can_draft = drafter is not None and self.mergeable and not why_plain(model.base)
+        # passes over several tokens behind a cache are right
+        goes_on = self.mergeable and not why_plain(model.base)
+        self.prefixes = prefixes if goes_on else None
+        can_draft = drafter is not None and goes_on
         self.drafts = Drafts(model.base, str(drafter)) if can_draft else None
 
     def new_cache(self) -> DynamicCache:
         """An empty cache for these passes."""
         return kv_cache.new_cache(self.model.base.config, mergeable=self.mergeable)
+
+    def known(self, request: Request) -> list[Block]:
+        """Return the known blocks at the beginning of a prompt of text."""
+        if self.prefixes is None or isinstance(request.prompt, ImagePrompt):
+            return []
+        return self.prefixes.find((id(self), request.adapter), request.prompt)
+
+    def remember(self, batch: "Batch", known: int) -> None:
+        """Keep the beginnings of the prompts that a batch has just read.
+
+        Args:
+            known: tokens of each that it has not computed.
+        """
+        if self.prefixes is None:
+            return
+        # virtual tokens have entries, too
+        if {layer.keys.shape[2] for layer in kv_cache.filled(batch.cache)} != {batch.mask.shape[1]}:
+            return
+        for row, request in enumerate(batch.requests):
+            owner = id(self), request.adapter
+            self.prefixes.add(owner, request.prompt, batch.cache, row, known)
 
     def next_logits(
         self,
@@ -207,14 +238,26 @@ class Batch:
             self.shifts = [shift]
             self._take(logits)
             return
+        blocks = [self.passes.known(request) for request in self.requests]
+        # of all as much as of the one with the least: see `Slot.advance`
+        count = min(map(len, blocks))
+        if count:
+            fill(self.cache, [each[:count] for each in blocks])
+        known = count * BLOCK
         inputs = padded(
-            [request.prompt for request in self.requests],
+            [request.prompt[known:] for request in self.requests],
             pad_id(self.passes.model.tokenizer),
             on_left=True,  # so that the newest token of each row is in the last column
         )
-        self.mask = inputs["attention_mask"].to(self.device)
+        self.mask = pad(inputs["attention_mask"].to(self.device), (known, 0), value=1)
         self.shifts = [0] * len(self.requests)
-        self._pass(inputs["input_ids"].to(self.device))
+        self._rename()
+        ids = inputs["input_ids"].to(self.device)
+        logits = self.passes.next_logits(ids, self.mask, self.cache, self.names, self.shifts)
+        self.passes.remember(self, known)
+        for request in self.requests:
+            request.cached = known
+        self._take(logits)
 
     def step(self) -> None:
         """Compute the next token of all rows in one pass, and drafts if there is one row."""

@@ -57,7 +57,10 @@ class Slot:
             texts = [each for each in newcomers if not isinstance(each.prompt, ImagePrompt)]
             # tensors of images are those of one request
             pictured = [[each] for each in newcomers if isinstance(each.prompt, ImagePrompt)]
-            for group in ([texts] if texts else []) + pictured:
+            alike: dict[int, list[Request]] = {}  # by how much of their prompts is known
+            for each in texts:
+                alike.setdefault(len(self.passes.known(each)), []).append(each)
+            for group in [*alike.values(), *pictured]:
                 self.batches[0].join(group)
         else:  # each by itself
             for request in newcomers:

@@ -49,9 +49,14 @@ def keep(cache: DynamicCache, rows: Tensor, start: int) -> None:
 
 def filled(cache: DynamicCache) -> list[Any]:
     """The layers that have keys and values; others share them."""
+    return [layer for _, layer in numbered(cache)]
+
+
+def numbered(cache: DynamicCache) -> list[tuple[int, Any]]:
+    """The layers of `filled`, with their numbers."""
     layers = cast(list[Any], cache.layers)
     # in Gemma 3n, the last layers read the keys and values of earlier ones
-    return [layer for layer in layers if layer.is_initialized]
+    return [(number, layer) for number, layer in enumerate(layers) if layer.is_initialized]
 
 
 def _below(first: Tensor, second: Tensor) -> Tensor:

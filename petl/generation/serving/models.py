@@ -37,6 +37,7 @@ from petl.generation.inference.loading import (
 from petl.generation.inference.small_weights import SmallWeights, answer_small, inspect_small
 from petl.generation.serving.batch import BatchPasses
 from petl.generation.serving.engine import ServedAdapter, Slot
+from petl.generation.serving.prefixes import PrefixCache
 from petl.ops.small_weights import Kind
 from petl.system.files.paths import path_of
 from petl.system.progress import ProgressItems
@@ -167,6 +168,7 @@ def load_served(
     trust_remote_code: bool = False,
     other_base: bool = False,
     drafter: str | None = "free",
+    prefix_bytes: int = 0,
     weights: Kind | None = None,
 ) -> dict[str, ServedAdapter]:
     """Load one base model with all adapters, and return what requests can choose, by name.
@@ -179,6 +181,7 @@ def load_served(
         other_base: as of `petl.load`.
         drafter: guesses tokens of a request that is decoded alone, as of `petl.drafting.drafter`;
             None: nothing does.
+        prefix_bytes: of keys and values of the beginnings of prompts; 0: they are not kept.
         weights: as of `load_language_model`.
 
     Raises:
@@ -191,7 +194,8 @@ def load_served(
         trust_remote_code=trust_remote_code,
         inspect=partial(inspect_small, weights) if weights is not None else lambda found: None,
     )
-    loader = ModelLoader(shared, drafter, small)
+    prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
+    loader = ModelLoader(shared, drafter, small, prefixes)
     served = loader.adapters(other_base)
     served = {shared.name: loader.base_model(served), **served}
     if small is not None:
@@ -236,6 +240,7 @@ class ModelLoader:
     shared: SharedBase
     drafter: str | None = None
     small: SmallWeights | None = None
+    prefixes: PrefixCache | None = None
 
     def adapters(self, other_base: bool) -> dict[str, ServedAdapter]:
         """Load adapters; those of one method on the same model."""
@@ -312,4 +317,4 @@ class ModelLoader:
         return ServedAdapter(self.shared.name, language, BASE, lane, self.shared.positions)
 
     def _lane(self, language: LanguageModel, adapter: str | None) -> Slot:
-        return Slot(BatchPasses(language, adapter, drafter=self.drafter))
+        return Slot(BatchPasses(language, adapter, drafter=self.drafter, prefixes=self.prefixes))

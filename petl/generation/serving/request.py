@@ -44,6 +44,8 @@ class Request:
         ends: tokens at which the answer ends.
         emit: gets each piece, and at a failure the exception, in the thread of the engine.
         cancelled: set it to end the answer, as for a client that has gone.
+        tokens: of the answer so far.
+        cached: tokens of the prompt that were known from earlier ones.
     """
 
     prompt: Sequence[int]
@@ -55,6 +57,7 @@ class Request:
     max_tokens: int
     cancelled: Event = field(default_factory=Event)
     tokens: int = 0
+    cached: int = 0
 
     def advance(self, likeliest: int, logits: Tensor) -> int | None:
         """Choose the next token, and return it; None: the answer has ended.

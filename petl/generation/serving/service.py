@@ -388,10 +388,12 @@ class ServedAnswers:
         for each in self.requests:
             each.cancelled.set()  # one that has ended ignores it
         written = sum(answer.tokens for answer in self.found)
+        known = sum(each.cached for each in self.requests)
         logger.info(
-            "%s: %d prompt tokens, %d tokens in %.2f s%s",
+            "%s: %d prompt tokens%s, %d tokens in %.2f s%s",
             self.model,
             self.prompt_tokens,
+            f" ({known} known from earlier prompts)" if known else "",
             written,
             time.monotonic() - self.start,
             f", {running} unfinished" if running else "",

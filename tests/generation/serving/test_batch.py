@@ -25,6 +25,7 @@ from petl.generation.serving.batch import Batch, BatchPasses
 from petl.generation.serving.choice import Chooser, TokenChooser
 from petl.generation.serving.engine import Slot
 from petl.generation.serving.models import load_served
+from petl.generation.serving.prefixes import BLOCK, PrefixCache
 from petl.generation.serving.request import Request
 
 pytest_plugins = ["writer_fixtures"]
@@ -256,3 +257,104 @@ def test_an_adapter_that_changes_the_base_weights_writes_alone(writers, tmp_path
     model = load_language_model(pissa)
     with pytest.raises(UnsupportedError, match="no base model beside"), model.using(BASE):
         pass
+
+
+# Known beginnings of prompts
+
+
+SHARED = "the cat and the dog and " * 6
+TEXTS = [SHARED + "who", "no", SHARED + "what is it?", SHARED, "a b a b", SHARED[:60] + " a dog"]
+
+
+def lane_of(model, prefixes, adapter=None, drafter=None):
+    return Slot(BatchPasses(model, adapter, drafter=drafter, prefixes=prefixes))
+
+
+def answered(model, lane, names):
+    requests = [
+        request(model, text, names[i % len(names)], 5 + i)
+        for i, text in enumerate([*TEXTS, *TEXTS])
+    ]
+    run_staggered(lane, requests)
+    return requests
+
+
+@pytest.mark.parametrize("drafter", [None, "free"])
+@pytest.mark.parametrize(("first", "second"), [("lora", "other"), ("mola", None)])
+def test_answers_are_those_of_whole_prompts(writers, first, second, drafter):
+    model = writers.load(first, **({"second": second} if second else {}))
+    names = [*model.adapters, BASE]
+    prefixes = PrefixCache(2**30)
+    found = answered(model, lane_of(model, prefixes, drafter=drafter), names)
+    whole = answered(model, lane_of(model, None), names)
+    assert [*map(answer_of, found)] == [*map(answer_of, whole)]
+    assert not any(each.cached for each in whole)
+    for before, again in zip(found[: len(TEXTS)], found[len(TEXTS) :], strict=True):
+        same = before.adapter == again.adapter
+        most = (len(again.prompt) - 1) // BLOCK * BLOCK
+        # what one adapter has computed is not for another
+        assert again.cached == most or not same
+    assert any(each.cached for each in found)
+
+
+def test_a_pass_behind_a_known_beginning_reads_the_rest_alone(writers):
+    model, widths = writers.load("lora"), []
+    (name,) = model.adapters
+    lane = lane_of(model, PrefixCache(2**30))
+
+    def note(module, args, kwargs, output):
+        widths.append(kwargs["input_ids"].shape[1])
+
+    handle = model.base.register_forward_hook(note, with_kwargs=True)
+    for text in (SHARED, SHARED + "what"):
+        run_staggered(lane, [request(model, text, name, 1)])
+    handle.remove()
+    one, two = (model.encode(text) for text in (SHARED, SHARED + "what"))
+    pairs = enumerate(zip(one, two, strict=False))
+    shared = next(number for number, pair in pairs if len({*pair}) > 1)
+    assert shared >= BLOCK
+    assert widths == [len(one), len(two) - shared // BLOCK * BLOCK]
+
+
+def test_of_little_memory_the_latest_used_stay(writers):
+    model = writers.load("lora")
+    (name,) = model.adapters
+    many = PrefixCache(2**30)
+    run_staggered(lane_of(model, many), [request(model, SHARED, name, 1)])
+    of_one = many.nbytes
+    few = PrefixCache(of_one)
+    lane = lane_of(model, few)
+    for text in (SHARED, SHARED + "what", "b " * 80):
+        run_staggered(lane, [request(model, text, name, 1)])
+        assert few.nbytes <= of_one
+    again = request(model, "b " * 80 + "a", name, 1)
+    run_staggered(lane, [again])
+    assert again.cached >= BLOCK
+    gone = request(model, SHARED, name, 1)
+    run_staggered(lane, [gone])
+    assert gone.cached == 0
+
+
+def test_blocks_are_of_all_tokens_before_them():
+    cache = PrefixCache(2**20)
+    keys = torch.arange(3 * BLOCK, dtype=torch.float).view(1, 1, -1, 1)
+
+    class Layer:
+        is_initialized = True
+
+        def __init__(self):
+            self.keys = self.values = keys
+
+    class Cache:
+        layers = [Layer()]
+
+    ids = [*range(3 * BLOCK)]
+    cache.add("a", ids, Cache(), 0, 0)
+    found = cache.find("a", [*ids, 7])
+    assert torch.equal(torch.cat([b.layers[0][0] for b in found], 2), keys)
+    # the last token of a prompt is computed in any case
+    assert len(cache.find("a", ids)) == 2
+    other = [9, *ids[1:]]
+    assert cache.find("a", [*other, 7]) == []
+    assert cache.find("b", [*ids, 7]) == []
+    assert len(cache.find("a", ids[: 2 * BLOCK] + other[:BLOCK])) == 2

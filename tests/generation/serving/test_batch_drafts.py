@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
+from petl.efficiency.drafting import Costs
 from petl.efficiency.drafting.policy import REST, WINDOW
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.inference.sampling import AnswerText, Sampling
@@ -61,7 +62,9 @@ def test_single_requests_get_the_pieces_that_they_get_without_drafts(
     for shared in (None, adapter):  # each row its own adapter, or one for all
         lanes = [Slot(BatchPasses(model, shared, drafter=name)) for name in (None, "free")]
         # of random weights drafts are rarely right, and would rest
-        lanes[1].passes.drafts.rounds.switch.enabled = False
+        rounds = lanes[1].passes.drafts.rounds
+        rounds.switch.enabled = False
+        rounds.costs = Costs({1: 1.0, 8: 1.0})
         plain, drafted = (
             written(
                 lane,
