@@ -104,11 +104,11 @@ def fill(cache: DynamicCache, rows: Sequence[Sequence[Block]]) -> None:
         rows: the blocks of each prompt.
     """
     for index in rows[0][0].layers:
-        sides = (
+        keys, values = (
             torch.cat([torch.cat([b.layers[index][side] for b in row], 2) for row in rows])
             for side in (0, 1)
         )
-        cache.update(*sides, index)
+        cache.update(keys, values, index)
 
 
 def _part(states: Tensor, row: int, start: int) -> Tensor:

@@ -61,7 +61,7 @@ class RunConfig:
 def names_of(config: Settings) -> list[str]:
     """Return the parts of a run's name: recipe or method, ranks, extra loss, model, data."""
     named = {group: config[group]["name"] for group in NAMED if config.get(group)}
-    folder = config["model"].get("path")
+    folder = config.get("model", {}).get("path")
     if folder and named["model"] == "path":
         named["model"] = Path(folder).name
     if config.get("recipe"):

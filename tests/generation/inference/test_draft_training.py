@@ -169,7 +169,7 @@ def test_lookup_comes_first_and_the_heads_go_on_behind_it():
     heads = drafter("hydra", model=model, prefix=True, template=[[0], [0, 0]])
     first = LookupFirst(heads)
     plain = model.generate(ids, max_new_tokens=50, pad_token_id=PAD, use_cache=True)
-    own = {"max_new_tokens": 50, "pad_token_id": PAD, "use_cache": True}
+    own = {"max_new_tokens": 50, "pad_token_id": PAD, "use_cache": True, "switch": False}
     found = model.generate(ids, **own, custom_generate=decode, drafter=first)
     assert torch.equal(found, plain)
     # the prefix layer has read all tokens but the last, whoever drafted
