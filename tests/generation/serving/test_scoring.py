@@ -220,3 +220,7 @@ def test_models_that_write_have_a_server_of_their_own(folders, families, tmp_pat
     assert "start a server for each" in capsys.readouterr().err
     assert main(["serve", str(folders / "embedder"), "--engine", "llama.cpp", "--port", "0"]) == 2
     assert "--engine" in capsys.readouterr().err
+    more = ["--prefix-cache", "5", "--port", "0"]
+    for words in ([str(folders / "embedder")], [str(writer.path), "--engine", "llama.cpp"]):
+        assert main(["serve", *words, *more]) == 2
+        assert "--prefix-cache=5" in capsys.readouterr().err
