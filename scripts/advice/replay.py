@@ -38,8 +38,8 @@ from petl.experiments.advice.candidates import (
 from petl.experiments.advice.evidence import LEVEL, Evidence, Rows, Setting, Trial, row_error
 from petl.experiments.advice.rounds import (
     LAST_SEED,
+    PlannedRounds,
     PlannedRun,
-    Rounds,
     make_rounds,
     planned,
     setting_of,
@@ -281,7 +281,7 @@ def advised(replay: Replay, procedure: str) -> Evidence:
     else:
         unit = replay.seconds.begin + replay.seconds.of(1, known.full)
         budget = Budget(COSTS[procedure], unit, known.full)
-        make_rounds(replay, Rounds(rungs=[], last=None), first, settings, budget)
+        make_rounds(replay, PlannedRounds(rungs=[], last=None), first, settings, budget)
     return replay.evidence
 
 

@@ -148,12 +148,13 @@ class Rounds:
         with self.packing.active() if count > 1 else nullcontext():
             entered = self.clock()
             logits = passes.run(ids, tokens, parents, count)
+        path, has_ended = accepted(tree.children(tokens, parents), choose(logits))
+        # an accelerator has computed the pass once tokens are chosen, not when the call returns
         taken = self.clock() - entered
         if isinstance(self.costs, LearnedCosts):
             self.costs.add(count, max(taken, SHORTEST))
         if count > 1 and self.costs.plain is not None:
             self.packing.lose(taken - TYPICAL.ratio(count) * self.costs.plain)
-        path, has_ended = accepted(tree.children(tokens, parents), choose(logits))
         # also at the end: a cache that is returned holds all ids but the last, as in `generate`
         passes.keep(path, count)
         self.state_row = path[-1]

@@ -29,8 +29,8 @@ from petl.errors import InputError, RunStopped
 from petl.experiments.advice.candidates import SIMPLEST, needs, shortlist, within, words_of
 from petl.experiments.advice.evidence import LEVEL, Evidence, Rows, Setting, Trial, row_error
 from petl.experiments.advice.rounds import (
+    PlannedRounds,
     PlannedRun,
-    Rounds,
     make_rounds,
     planned,
     setting_of,
@@ -94,7 +94,7 @@ class Request:
     seconds: float | None = None
 
 
-class Planned(Rounds):
+class Planned(PlannedRounds):
     """The content of schedule.json.
 
     Attributes:

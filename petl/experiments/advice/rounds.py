@@ -22,7 +22,7 @@ class PlannedRun(TypedDict):
     steps: int
 
 
-class Rounds(TypedDict):
+class PlannedRounds(TypedDict):
     """What was planned.
 
     Attributes:
@@ -72,7 +72,7 @@ def setting_of(run: PlannedRun) -> Setting:
 
 
 def make_rounds(
-    trials: Trials, rounds: Rounds, first: PlannedRun, known: Shortlist, budget: Budget
+    trials: Trials, rounds: PlannedRounds, first: PlannedRun, known: Shortlist, budget: Budget
 ) -> None:
     """Plan and make what the budget has room for.
 

@@ -30,7 +30,7 @@ from petl.efficiency.drafting.rounds import Rounds, Take
 from petl.efficiency.in_place_cache import cache_argument
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.serving import kv_cache
-from petl.generation.serving.prefixes import BLOCK, Block, PrefixCache, fill
+from petl.generation.serving.prefixes import BLOCK, PrefixCache, PromptBlock, fill
 from petl.generation.serving.request import Request
 from petl.training.generation import padded
 
@@ -82,7 +82,7 @@ class BatchPasses:
         """An empty cache for these passes."""
         return kv_cache.new_cache(self.model.base.config, mergeable=self.mergeable)
 
-    def known(self, request: Request) -> list[Block]:
+    def known(self, request: Request) -> list[PromptBlock]:
         """Return the known blocks at the beginning of a prompt of text."""
         if self.prefixes is None or isinstance(request.prompt, ImagePrompt):
             return []
@@ -251,9 +251,7 @@ class Batch:
         )
         self.mask = pad(inputs["attention_mask"].to(self.device), (known, 0), value=1)
         self.shifts = [0] * len(self.requests)
-        self._rename()
-        ids = inputs["input_ids"].to(self.device)
-        logits = self.passes.next_logits(ids, self.mask, self.cache, self.names, self.shifts)
+        logits = self._next(inputs["input_ids"].to(self.device))
         self.passes.remember(self, known)
         for request in self.requests:
             request.cached = known
@@ -267,13 +265,13 @@ class Batch:
             drafts.step(self)
             return
         self.mask = pad(self.mask, (0, 1), value=1)  # for the tokens of `self.last`
-        self._pass(torch.tensor(self.last, device=self.device)[:, None])
+        self._take(self._next(torch.tensor(self.last, device=self.device)[:, None]))
 
-    def _pass(self, ids: Tensor) -> None:
-        """Run one pass, and take its tokens."""
+    def _next(self, ids: Tensor) -> Tensor:
+        """Return the logits of the next tokens, [B, V], behind a pass over `ids`, [B, Q]."""
         if len(self.names) != len(self.requests):  # at the first pass of newcomers
             self._rename()
-        self._take(self.passes.next_logits(ids, self.mask, self.cache, self.names, self.shifts))
+        return self.passes.next_logits(ids, self.mask, self.cache, self.names, self.shifts)
 
     def _take(self, logits: Tensor) -> None:
         """Hand each request its token, and drop those that are finished."""

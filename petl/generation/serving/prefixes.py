@@ -1,4 +1,4 @@
-"""Keys and values of the beginnings of prompts, for later prompts that begin alike.
+"""Prefix caching: keys and values of prompts, for later prompts that begin alike.
 
 They are kept by blocks of tokens, each under a hash of all tokens so far, as in vLLM (Kwon et al.
 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention",
@@ -23,7 +23,7 @@ BLOCK = 32  # tokens; assumption
 Layers = dict[int, tuple[Tensor, Tensor]]  # keys and values by the number of the layer
 
 
-class Block(NamedTuple):
+class PromptBlock(NamedTuple):
     """The keys and values of a block of one prompt.
 
     Attributes:
@@ -48,9 +48,9 @@ class PrefixCache:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.nbytes = limit, 0
-        self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # the latest used at the end
+        self._blocks: OrderedDict[bytes, PromptBlock] = OrderedDict()  # the latest used at the end
 
-    def find(self, owner: Hashable, ids: Sequence[int]) -> list[Block]:
+    def find(self, owner: Hashable, ids: Sequence[int]) -> list[PromptBlock]:
         """Return the known blocks at the beginning of a prompt, without its last token.
 
         Args:
@@ -80,23 +80,22 @@ class PrefixCache:
         """
         keys = [*_keys(owner, ids)]
         for number in range(known // BLOCK, len(keys)):
+            if keys[number] in self._blocks:
+                continue
             # entries from the end: on the left there may be padding
             start = number * BLOCK - len(ids)
             layers = {
                 index: (_part(layer.keys, row, start), _part(layer.values, row, start))
                 for index, layer in kv_cache.numbered(cache)
             }
-            block = Block(layers)
-            if keys[number] in self._blocks or block.nbytes > self.limit:
-                continue
-            self._blocks[keys[number]] = block
+            block = self._blocks[keys[number]] = PromptBlock(layers)
             self.nbytes += block.nbytes
         while self.nbytes > self.limit:
             _, block = self._blocks.popitem(last=False)
             self.nbytes -= block.nbytes
 
 
-def fill(cache: DynamicCache, rows: Sequence[Sequence[Block]]) -> None:
+def fill(cache: DynamicCache, rows: Sequence[Sequence[PromptBlock]]) -> None:
     """Write the known beginnings of prompts, equally long ones, into an empty cache.
 
     Args:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from draft_fixtures import DECODERS, PAD, Oracle, prompt
+from transformers import LogitsProcessor
 
 from petl import testing
 from petl.efficiency.drafting import Costs, Stats, decode
@@ -81,6 +82,22 @@ def test_decoding_learns_the_costs_of_its_own_passes():
     handle.remove()
     assert guess.costs.plain == 2.0
     assert guess.costs.ratio(4) == 1.5  # whatever number of tokens the passes had
+
+
+def test_a_pass_takes_until_its_tokens_are_chosen():
+    # an accelerator returns from a call before it has computed
+    model, ids, clock = testing.tiny_llama(), prompt(), Clock()
+
+    class Waits(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            clock.now += 2.0
+            return scores
+
+    guess = Oracle(torch.full((1, 40), PAD), 0)
+    settings = {"max_new_tokens": 8, "pad_token_id": PAD, "use_cache": True, "do_sample": False}
+    more = {"drafter": guess, "clock": clock, "logits_processor": [Waits()]}
+    model.generate(ids, **settings, **more, custom_generate=decode)
+    assert guess.costs.plain == 2.0
 
 
 # The switch

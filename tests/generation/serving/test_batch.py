@@ -1,5 +1,7 @@
 """Batches: answers of requests that share passes equal those of each request alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -259,9 +261,6 @@ def test_an_adapter_that_changes_the_base_weights_writes_alone(writers, tmp_path
         pass
 
 
-# Known beginnings of prompts
-
-
 SHARED = "the cat and the dog and " * 6
 TEXTS = [SHARED + "who", "no", SHARED + "what is it?", SHARED, "a b a b", SHARED[:60] + " a dog"]
 
@@ -338,18 +337,9 @@ def test_of_little_memory_the_latest_used_stay(writers):
 def test_blocks_are_of_all_tokens_before_them():
     cache = PrefixCache(2**20)
     keys = torch.arange(3 * BLOCK, dtype=torch.float).view(1, 1, -1, 1)
-
-    class Layer:
-        is_initialized = True
-
-        def __init__(self):
-            self.keys = self.values = keys
-
-    class Cache:
-        layers = [Layer()]
-
+    behind = SimpleNamespace(layers=[SimpleNamespace(is_initialized=True, keys=keys, values=keys)])
     ids = [*range(3 * BLOCK)]
-    cache.add("a", ids, Cache(), 0, 0)
+    cache.add("a", ids, behind, 0, 0)
     found = cache.find("a", [*ids, 7])
     assert torch.equal(torch.cat([b.layers[0][0] for b in found], 2), keys)
     # the last token of a prompt is computed in any case
