@@ -133,7 +133,7 @@ def resume(run, identity):
     if scores.exists():
         scores.rename(aside)
     try:
-        choose_checkpoint(TrainConfig(resume=str(run / STEP)), identity, "mola")
+        choose_checkpoint(TrainConfig(resume=str(run / STEP)), identity)
     finally:
         release_all()
         if aside.exists():
@@ -143,7 +143,7 @@ def resume(run, identity):
 def resume_automatically(run, identity):
     try:
         with contextlib.suppress(JobSkipped):  # it is finished
-            choose_checkpoint(TrainConfig(resume="auto", output=str(run.parent)), identity, "r")
+            choose_checkpoint(TrainConfig(resume="auto", output=str(run.parent)), identity)
     finally:
         release_all()
 
@@ -312,7 +312,7 @@ def test_a_report_names_the_field_that_is_damaged(petl_command, bad):
 
 def test_a_run_whose_scores_are_damaged_can_resume_without_them(bad, good):
     with Damaged(bad, "scores.json", b"{"), pytest.raises(InputError, match="delete the file"):
-        choose_checkpoint(TrainConfig(resume=str(bad)), identity_of(good), "mola")
+        choose_checkpoint(TrainConfig(resume=str(bad)), identity_of(good))
     release_all()
 
 

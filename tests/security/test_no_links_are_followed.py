@@ -137,11 +137,11 @@ def test_a_link_that_the_user_names_is_followed(stopped, tmp_path):
     links = tmp_path / "links" / "of" / "mine"
     links.mkdir(parents=True)
     (links / "run").symlink_to(stopped)
-    found = find_checkpoint(TrainConfig(resume=str(links / "run")), {}, "lora")
+    found = find_checkpoint(TrainConfig(resume=str(links / "run")), {})
     assert found.resolve() == step_folder(stopped / "checkpoints", 4)
     release_all()
     (links / "best").symlink_to(found)
-    assert find_checkpoint(TrainConfig(resume=str(links / "best")), {}, "lora") == found
+    assert find_checkpoint(TrainConfig(resume=str(links / "best")), {}) == found
     assert not list((tmp_path / "links").rglob(LOCK))  # the run is not looked for around the link
 
 
@@ -178,7 +178,7 @@ def test_a_lock_is_not_written_through_a_link(stopped, private, kind):
     with pytest.raises(InputError, match="remove it"):
         claim(stopped)
     with pytest.raises(InputError, match="remove it"):
-        find_checkpoint(TrainConfig(resume=str(stopped)), {}, "lora")
+        find_checkpoint(TrainConfig(resume=str(stopped)), {})
 
 
 def test_a_lock_with_a_second_name_is_not_written(stopped, private):
@@ -302,7 +302,7 @@ def test_a_checkpoint_contains_no_log_from_outside(tmp_path, private, kind):
 def test_a_pipe_in_place_of_a_file_makes_no_command_wait(stopped, private, name):
     put("pipe", stopped / name, private)
     with pytest.raises(InputError):
-        find_checkpoint(TrainConfig(resume=str(stopped)), {}, "lora")
+        find_checkpoint(TrainConfig(resume=str(stopped)), {})
     with pytest.raises(InputError, match="is not a regular file but a named pipe"):
         open_inside(stopped / name)
 

@@ -85,17 +85,20 @@ def pieces_of(text: RetainedText, row: RetainedRow, tokenizer: Any) -> list[list
     return [*map(list, zip(words, [None] * (len(words) - len(gained)) + gained, strict=True))]
 
 
-def section_of(folder: Path, found: Record) -> Section:
+def section_of(folder: Path, found: Record, at_start: float | None = None) -> Section:
     """Return the section of a run's page.
 
     Args:
         found: the entry `retained` of scores.json.
+        at_start: what was lost before the first step, by a method that does not start as the base.
 
     Raises:
         InputError: a file of the folder is damaged.
     """
     measured = measured_in(found, folder / SCORES)
     line, unit = str(measured), "texts" if isinstance(measured, Retained) else "examples"
+    if at_start is not None:
+        line += f"; {at_start:+.2g} before the first step"
     alarm = _alarm(folder, measured)
     tokens = f" of {measured.tokens:,} tokens" if isinstance(measured, Retained) else ""
     return Section(

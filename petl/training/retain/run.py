@@ -7,7 +7,8 @@ and adds no row to a batch.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -56,6 +57,7 @@ COST = {"language": 2.0, "features": 1.0}
 MOST, FEWEST, SHORTEST = 256, 32, 64  # texts, and tokens of a text
 TEXTS = "texts of {} tokens"  # what is measured, in words
 SAMPLE = 1000  # rows whose lengths are looked at
+DIFFERS = 1e-5  # change of the first row from which on a start is not the base; less is rounding
 DATA, MIX_DATA = "retain.data", "retain.mix_data"
 BATCH_SIZE = 8
 logger = logging.getLogger(__name__)
@@ -119,6 +121,7 @@ class Retaining(RunFeature):
     """Measures what a model loses on retained texts, limits it, and replays some of them."""
 
     key = "retained"
+    at_start = "retained_at_start"  # of methods that do not start as the base, such as binary
     Settings = RetainConfig
     settings: RetainConfig
     kind = "language"
@@ -242,9 +245,36 @@ class Retaining(RunFeature):
         return fields
 
     def before_training(self, context: Context) -> None:
-        """Say why nothing is measured, once the run begins."""
+        """Say why nothing is measured; measure a start that is not the base's."""
         if self.note:
             logger.info(self.note)
+        # a run that is resumed is no longer at its start, and has the number if there was one
+        if not self.is_measured or context.run.resume is not None:
+            return
+        context.run.timer.start()
+        first = copy(self)
+        first._keep(1)
+        # most methods start as the base: one row shows it
+        if abs(first.measure(context).change) > DIFFERS:
+            self._measure_start(context)
+        context.run.timer.mark(self.key)
+
+    def _measure_start(self, context: Context) -> None:
+        """Measure the model before training, and half of the rows if 3 % must pay for both."""
+        own, count = self.settings, len(self.other.names if self.other else self.rows)
+        if own.rows is None and not own.measures_curve:
+            if count < 2 * FEWEST:
+                return
+            self._keep(count // 2)
+        context.run.scores.add({self.at_start: self.measure(context).change})
+
+    def _keep(self, count: int) -> None:
+        """Measure the first rows only."""
+        self.rows = self.rows[:count]
+        self.before = None if self.before is None else self.before[:count]
+        if self.other is not None:
+            names, lengths = self.other.names[:count], self.other.lengths[:count]
+            self.other = replace(self.other, names=names, lengths=lengths)
 
     @property
     def is_measured(self) -> bool:
@@ -414,7 +444,7 @@ class Retaining(RunFeature):
         trained = 1 - share + share / (3 * max(1, passes))
         left = trained / (1 - share / 2) * sum(len(row.ids) for row in self.rows)
         # fewer tell little
-        self.rows = self.rows[: max(FEWEST, len(within(self.rows, left)))]
+        self._keep(max(FEWEST, len(within(self.rows, left))))
 
     @classmethod
     def section(cls, folder: Path, scores: Record) -> Section | None:
@@ -424,7 +454,7 @@ class Retaining(RunFeature):
             return None
         from petl.training.retain.page import section_of  # as in `after_training`
 
-        return section_of(folder, found)
+        return section_of(folder, found, scores.get(cls.at_start))
 
 
 def processes_of(context: Context) -> Processes:

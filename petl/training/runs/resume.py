@@ -129,14 +129,13 @@ def differences(then: Identity, now: Identity) -> list[str]:
 # The checkpoint
 
 
-def choose_checkpoint(settings: TrainConfig, now: Identity, prefix: str) -> Path | None:
+def choose_checkpoint(settings: TrainConfig, now: Identity) -> Path | None:
     """Return the checkpoint that the run resumes from, or None if it starts from step 0.
 
     Nothing is written. The folder of a run that is resumed is locked for this process.
 
     Args:
         now: the identity of the run.
-        prefix: how the names of run folders of this configuration begin.
 
     Raises:
         InputError: the folder is taken, another process writes to it, or nothing can be written
@@ -146,7 +145,7 @@ def choose_checkpoint(settings: TrainConfig, now: Identity, prefix: str) -> Path
     # workers of a sweep share its jobs through locks in the folder of runs
     if settings.resume == "auto" and in_sweep():
         take_job(settings.output, now)
-    checkpoint = find_checkpoint(settings, now, prefix)
+    checkpoint = find_checkpoint(settings, now)
     given = Path(settings.run) if settings.run else None
     if checkpoint is not None:
         run = checkpoint.parent.parent
@@ -187,7 +186,7 @@ def exists_already(folder: Path, resume: str | None = None) -> InputError:
     )
 
 
-def find_checkpoint(settings: TrainConfig, now: Identity, prefix: str) -> Path | None:
+def find_checkpoint(settings: TrainConfig, now: Identity) -> Path | None:
     """Return the verified checkpoint that `train.resume` names, or None to start from step 0.
 
     The run that it belongs to is locked for this process.
@@ -198,7 +197,7 @@ def find_checkpoint(settings: TrainConfig, now: Identity, prefix: str) -> Path |
     if settings.resume is None:
         return None
     if settings.resume == "auto":
-        return latest(settings, now, prefix)
+        return latest(settings, now)
     path = Path(settings.resume)
     # the run of a checkpoint is found by its parents, which a path such as ../step-000100 lacks
     if path.is_symlink() or (is_checkpoint(path) and path.parent.name != CHECKPOINTS):
@@ -250,7 +249,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).exists() or path.name.startswith("step-")
 
 
-def latest(settings: TrainConfig, now: Identity, prefix: str) -> Path | None:
+def latest(settings: TrainConfig, now: Identity) -> Path | None:
     """Return the latest complete checkpoint of an unfinished run with exactly these settings.
 
     Raises:
@@ -261,8 +260,9 @@ def latest(settings: TrainConfig, now: Identity, prefix: str) -> Path | None:
         skip_finished(run if finished_with(run, now) else None)
         folders = [run]
     else:
-        # names end with the time, so the latest run comes first
-        folders = sorted(Path(settings.output).glob(f"{prefix}-*"), reverse=True)
+        # whatever they are called; of alike names, which end with the time, the latest comes first
+        found_runs = Path(settings.output).glob(f"*/{CONFIG}")
+        folders = sorted((file.parent for file in found_runs), reverse=True)
     for folder in folders:
         try:
             if not is_unfinished(folder, now, is_named=settings.run is not None):

@@ -177,7 +177,7 @@ class Run:
 
         The last are those under `train` that replace auto.
         """
-        found = choose_checkpoint(self.config.train, self._asked, self.prefix)
+        found = choose_checkpoint(self.config.train, self._asked)
         begun: dict[str, str] = {}
         if self.config.train.precision == AUTO:
             from petl.training.distributed.precision import described  # of auto

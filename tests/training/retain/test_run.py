@@ -13,11 +13,13 @@ from task_fixtures import TEMPLATE
 from training_fixtures import train, words, write_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import petl
 from petl.cli.main import main
 from petl.data.batch_sampler import StepSampler
 from petl.data.overlap import normalized
 from petl.errors import InputError
 from petl.experiments.reports.run_report import write_page
+from petl.system.processes import release_all
 from petl.training.frozen import FrozenStore
 from petl.training.retain.measure import Retained
 from petl.training.retain.replay import ReplayOrder
@@ -29,6 +31,8 @@ from petl.training.retain.texts import halves
 pytest_plugins = ["media_fixtures", "task_fixtures", "training_fixtures"]
 TEXTS = [f"{'the cat and a red dog ' * (1 + n % 3)}{n}" for n in range(12)]
 MEASURED = ("retain.rows=10", "retain.max_length=32")
+NOT_THE_BASE = ("+method=lora", "method.init_lora_weights=false")
+AS_THE_BASE = ("method.init_lora_weights=true",)
 
 
 @pytest.fixture
@@ -57,8 +61,13 @@ def weights(run):
         ),
         ("seq2seq", ["+method=mola", "method.lora_dropout=0.2"]),
         ("regression", ["+method=corda", "method.calibration_data.num_samples=8"]),
+        pytest.param(
+            "causal_lm",
+            ["+method=lora", "method.init_lora_weights=false"],
+            marks=pytest.mark.thorough,
+        ),
     ],
-    ids=["lora", "corda", "mola", "corda-features"],
+    ids=["lora", "corda", "mola", "corda-features", "another-start"],
 )
 def test_measuring_changes_no_bit_of_training(task, method, families, texts, tmp_path):
     words = families(task, *method, "train.linear_probe=false")
@@ -99,6 +108,44 @@ def test_the_summary_and_the_page_say_it_and_eval_agrees(families, texts, tmp_pa
     again = json.loads((run.path / "eval-retained" / "scores.json").read_text())["retained"]
     assert again["rows"] == 12
     assert json.loads((run.path / "scores.json").read_text())["retained"]["rows"] == 10
+
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [("causal_lm", ("+method=binary", "method.inner=adapter")), ("regression", NOT_THE_BASE)],
+    ids=["binary", "features"],
+)
+def test_what_the_start_of_a_method_has_lost_is_told_apart(task, method, families, texts, tmp_path):
+    rates = ("train.lr=1e-9", "train.head_lr=1e-9")
+    words = families(task, "train.linear_probe=false", texts, *MEASURED, *rates)
+    run = train([*words, *method], tmp_path / "run")
+    at_start = run.scores["retained_at_start"]
+    name = "lost" if task == "causal_lm" else "drift"
+    # at a rate of 1e-9 the end is as the start
+    assert run.scores["retained"][name] == pytest.approx(at_start, rel=1e-2)
+    write_page(run.path)
+    assert f"; {at_start:+.2g} before the first step" in (run.path / "report.html").read_text()
+
+
+def test_a_resumed_run_keeps_what_its_start_had_lost(families, texts, tmp_path, monkeypatch):
+    words = families("causal_lm", "train.linear_probe=false", texts, *MEASURED, *NOT_THE_BASE)
+    words += ["train.save_steps=4"]
+    whole = train(words, tmp_path / "whole")
+
+    def kill(self, step, optimizer):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(petl.Lifecycle, "after_step", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(words, run)
+    release_all()
+    again = train([*words, "train.resume=auto"], run)
+    assert again.scores["retained_at_start"] == whole.scores["retained_at_start"]
+    assert again.scores["retained"] == whole.scores["retained"]
+    assert "retained_at_start" not in train([*words, *AS_THE_BASE], tmp_path / "base").scores
 
 
 def test_a_limit_is_measured_in_a_short_run_too(families, texts, tmp_path):

@@ -348,7 +348,7 @@ def test_a_checkpoint_can_be_named_by_a_path_that_does_not_name_its_run(stopped,
     now = identity(read_config(compose(common)).resolved)
     for here, path in (("", "step-000003"), ("", "./step-000003"), ("step-000003", ".")):
         monkeypatch.chdir(run / "checkpoints" / here)
-        assert find_checkpoint(TrainConfig(resume=path), now, "") == run / "checkpoints/step-000003"
+        assert find_checkpoint(TrainConfig(resume=path), now) == run / "checkpoints/step-000003"
     release(run)
     assert not list(run.glob("checkpoints/**/.lock"))
 

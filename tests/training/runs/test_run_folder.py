@@ -131,7 +131,8 @@ def test_names_say_method_model_and_data_and_never_collide(tiny, tmp_path):
         run.begin(small_model())
     paths = [run.path.name for run in runs]
     assert len(set(paths)) == 3
-    assert all(re.fullmatch(r"lora-path-files-\d{8}-\d{6}(-\d+)?", name) for name in paths)
+    model = Path(runs[0].config.model.path).name  # a folder is named, not `model=path`
+    assert all(re.fullmatch(rf"lora-{model}-files-\d{{8}}-\d{{6}}(-\d+)?", name) for name in paths)
 
 
 def test_a_name_from_the_hub_makes_one_folder(tiny, tmp_path):
