@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 14735,
     "efficiency": 10150,
     "data": 17030,
-    "training": 17050,
+    "training": 17080,
     "methods": 19820,
     "adapters": 9105,
     "generation": 7885,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15985, "tests": 86810}
+OTHERS = {"scripts": 15985, "tests": 87070}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

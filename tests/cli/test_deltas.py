@@ -34,6 +34,7 @@ def runs(tiny, tmp_path_factory):
     return root
 
 
+@pytest.mark.thorough
 def test_compress_writes_an_adapter_that_commands_read(command, runs, tmp_path):
     status, out, err = command("compress", runs / "lora", tmp_path / "small", "--density", "0.2")
     assert status == 0, err
@@ -51,7 +52,7 @@ def test_compress_writes_an_adapter_that_commands_read(command, runs, tmp_path):
         torch.testing.assert_close(tensor, expected[name])
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("run", ["lora", "other"])  # with validation rows, and with test rows only
 def test_what_loses_more_than_two_points_is_said_before_it_is_written(command, runs, tmp_path, run):
     seen, words = [], ("--drop", "0.99", "--q", "dare")

@@ -13,7 +13,7 @@ pytest_plugins = ["task_runs", "writer_fixtures"]
 QUICK = ["draft.answers=4", "draft.tokens=6", "draft.measured=2", "draft.epochs=1"]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["causal_lm", "chat"])
 def test_a_run_gets_a_drafter_from_its_training_examples(task_runs, command, task):
     run = task_runs(task).path

@@ -50,6 +50,7 @@ def silenced(dense, blocks):
     return dense
 
 
+@pytest.mark.thorough
 def test_a_run_becomes_a_plain_model_that_stock_classes_load(lora_run, tmp_path, capsys):
     out = tmp_path / "small"
     assert run(lora_run.path, out, "--sparsity", 0.5, "--recover", 0) == 0

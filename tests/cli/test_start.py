@@ -133,7 +133,7 @@ def petl(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(code, cwd=folder, capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.cells(10)
+@pytest.mark.cells(4)
 @pytest.mark.parametrize("words", WRONG)
 def test_wrong_words_are_answered_without_torch(words, folder):
     done = petl(words, folder)

@@ -168,6 +168,7 @@ def test_the_folder_of_configurations_and_the_command_are_those_of_one_run(tmp_p
         assert f"petl train --config-dir {tmp_path / 'configs'} +method=lora" in words
 
 
+@pytest.mark.thorough
 def test_a_run_that_cannot_train_together_trains_alone_and_one_that_fails_ends_alone(
     tiny, tmp_path, petl_log
 ):

@@ -77,6 +77,7 @@ def test_generate_and_chat_answer_with_json_of_a_schema(command, writers, tmp_pa
     assert (status, "Invalid type: foo" in err) == (2, True)
 
 
+@pytest.mark.thorough
 def test_generate_prints_answers_of_adapters_and_base_side_by_side(command, writers):
     lora = writers.folder / "lora"
     more = ["--adapter", f"second={writers.folder / 'other'}", "--base", *TEN]
@@ -97,6 +98,7 @@ def test_generate_reads_the_prompt_from_standard_input(command, writers):
     assert out == f"{escaped(expected.text)}\n"
 
 
+@pytest.mark.thorough
 def test_generate_writes_rows_with_answers(command, writers, tmp_path):
     rows = [{"prompt": "Hi", "id": 1}, {"prompt": "a b a b a b a b", "id": 2}]
     file, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
@@ -126,6 +128,7 @@ def test_generate_checks_all_prompts_before_the_first_answer(command, writers, t
     assert "prompt 201: a prompt has 3" in err
 
 
+@pytest.mark.thorough
 def test_generate_prints_the_same_answer_with_drafts_and_what_they_saved(command, writers):
     words = ["generate", writers.folder / "lora", "--prompt", "a b a b a", *SAMPLED]
     status, plain, err = command(*words, "--drafter", "none", "--stats")

@@ -50,12 +50,13 @@ def test_every_run_has_its_folder():
     assert set(NAMES) == set(compatibility_runs.RUNS)
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stopped_run_resumes_to_the_recorded_losses(workdir, name):
     assert_recorded_losses(resume(name, "run"), name)
 
 
+@pytest.mark.thorough
 def test_auto_finds_an_old_run_by_its_config(workdir):
     """`auto` compares config.yaml with the command; if they differ, it starts a new run."""
     assert_recorded_losses(resume("mola", "auto"), "mola")

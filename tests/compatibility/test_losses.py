@@ -25,6 +25,7 @@ def test_every_method_has_recorded_losses():
     assert set(cases.METHODS) <= methods
 
 
+@pytest.mark.cells(26)
 @pytest.mark.parametrize("name", [*cases.ADAPTERS, *cases.IN_TRAINING, *OF_PEFT])
 def test_a_method_has_the_recorded_losses(name):
     found = cases.losses(name)

@@ -73,6 +73,7 @@ def test_a_saved_adapter_gives_the_recorded_logits(name, loader):
         assert_same_logits(logits(model, inputs), expected["logits"], f"{name} after fuse_lora")
 
 
+@pytest.mark.cells(8)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_adapter_is_saved_under_the_same_tensor_names(name):
     """With bit-exact tensors: saving a loaded adapter changes nothing."""

@@ -12,7 +12,7 @@ from petl.testing import Case
 from petl.testing.bases import REFUSED
 
 
-@pytest.mark.cells(10)
+@pytest.mark.cells(4)
 @pytest.mark.parametrize(("case", "check"), promises(OWN_CASES))
 def test_own_method_keeps_its_promise(case, check, device):
     hold(case, check, device)

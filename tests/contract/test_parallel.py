@@ -249,6 +249,7 @@ def assert_equal_to_one(ranks: list[dict[str, Tensor]], expected: dict[str, Tens
             torch.testing.assert_close(ranks[0][key], tensor, atol=LR / 10, rtol=0)
 
 
+@pytest.mark.cells(11)
 @pytest.mark.parametrize("name", CASES)
 def test_data_parallel_training_equals_one_process(both, name):
     _, ranks = both

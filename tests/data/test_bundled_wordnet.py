@@ -86,6 +86,7 @@ def test_examples_are_those_behind_the_definition(script):
     assert script.examples(database) == [(1, "I can breathe"), (1, "He is alive"), (3, "Act now!")]
 
 
+@pytest.mark.thorough
 def test_no_definition_of_a_test_example_is_trained():
     settings = {"source": "wordnet_retrieval", "task": "retrieval", "test_rows": 1000}
     raw = read_data({**SETTINGS, **settings, "train_rows": None})

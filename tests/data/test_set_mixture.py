@@ -140,7 +140,7 @@ def test_a_run_scores_each_set(families, tmp_path, task):
     assert "tasks" not in saved, "new rows need no set"
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("task", "loss"), [("classification", "loss"), ("regression", "mse")])
 def test_the_frozen_model_and_its_probe_are_scored_on_each_set(tiny, sets, tmp_path, task, loss):
     sets["short"]["test_share"] = 0.5

@@ -100,6 +100,7 @@ def test_ranks_by_importance():
     assert ranks == list(left["ranks"].values())
 
 
+@pytest.mark.thorough
 def test_compress_and_combine(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in "ab":

@@ -40,6 +40,7 @@ def assert_equal(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_the_same_to_the_bit_and_so_is_each_later_one(name):
     plain, held = wrapped(name), wrapped(name, SETTING)

@@ -92,7 +92,7 @@ def check(model, inputs, count: int, **settings):
         assert all(keys.untyped_storage().nbytes() > keys.nbytes for keys in own)
 
 
-@pytest.mark.cells(4)
+@pytest.mark.cells(2)
 @pytest.mark.every_cell
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", DECODERS)
@@ -100,13 +100,13 @@ def test_logits_of_a_padded_batch_are_those_of_the_usual_cache(family, attention
     check(decoder(family, attention), padded(), DECODERS[family][1])
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_of_an_encoder_decoder_self_attention_is_written_in_place(family):
     check(tiny_pair(family, max_position_embeddings=200), padded(), 2)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
@@ -149,7 +149,7 @@ def states(rows: int, tokens: int):
     return torch.rand(rows, 8, tokens, 64), torch.rand(rows, 8, tokens, 48)
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_any_order_of_operations_leaves_what_the_usual_layer_has(seed):

@@ -103,7 +103,7 @@ def test_loss_and_gradients_stay_and_undoing_leaves_no_trace(setting, name):
     assert_same(step(model, batch), plain, exact=True)
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", CASES)
 def test_all_that_a_run_asks_for_are_applied_together_and_undone_in_any_order(name):
     plain, batch = wrapped(name), CASES[name].batch()

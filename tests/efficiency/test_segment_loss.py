@@ -294,6 +294,7 @@ def test_labels_of_another_shape_are_refused():
         model(**{**batch(), "labels": batch()["labels"][:, :-1]})
 
 
+@pytest.mark.thorough
 def test_two_processes_average_to_the_gradients_of_one():
     found = in_processes(2, gradients_sharded_or_not)
     for name, head, gradients in gradients_of_all():

@@ -124,6 +124,7 @@ def test_petl_plans_a_run_of_a_module_that_is_not_installed(tiny, loose):
     assert "imports=[MODULE]" in refused.stderr
 
 
+@pytest.mark.thorough
 def test_a_method_without_a_yaml_is_told_which_file_to_write(loose, tmp_path):
     refused = python([*PETL, "plan", "+method=diag", "imports=[diag_methods]"], tmp_path, loose)
     assert refused.returncode == 2

@@ -81,6 +81,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_pat
     assert first != third
 
 
+@pytest.mark.thorough
 def test_the_run_gives_the_metric_of_its_task_to_a_sweeper(tiny, tmp_path):
     for overrides, metric in ((tiny.classify, "accuracy"), (tiny.complete, "loss")):
         folder = tmp_path / metric
@@ -97,6 +98,7 @@ def test_a_job_of_a_sweep_that_fails_does_not_stop_the_others(program, tiny, tmp
     assert "top_k: 2" in (folder / "config.yaml").read_text()
 
 
+@pytest.mark.thorough
 def test_a_method_that_needs_data_to_begin_gets_train_batches(tiny, tmp_path):
     eva = ["+method=lora", "method.init_lora_weights=eva", "method.r=4"]
     still = ["train.lr=1e-12", "train.weight_decay=0"]  # to see the start at the end

@@ -51,6 +51,7 @@ def test_a_run_learns_adapts_the_language_model_alone_and_scores_again(runs, kin
     assert all("pictures/" in json.loads(line)["messages"][0]["more"] for line in lines)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", *SLOW])
 def test_the_same_losses_without_accelerations_and_with_checkpointing(
     runs, bases, chats, tmp_path, kind
@@ -97,6 +98,7 @@ def test_two_processes_give_the_losses_of_one(runs, bases, chats, tmp_path):
     assert_same_course(Finished(tmp_path / "two"), runs("llava"), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_rows_of_a_batch_without_any_image_train(bases, tmp_path):
     save_picture(tmp_path / "a.png", "red")
     turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]

@@ -65,6 +65,7 @@ def test_pictures_are_learned_by_a_vision_transformer(pictures, tmp_path, method
     assert "classifier" in "".join(run.adapter)  # PEFT has no task of this kind: petl saves it
 
 
+@pytest.mark.thorough
 def test_the_readme_draws_the_same_base_again(sounds, tmp_path):
     run = train([*WHISPER, "+method=conformer", "method.r=4", *audio(sounds)], tmp_path / "run")
     readme = (run.path / "adapter" / "README.md").read_text()
@@ -95,6 +96,7 @@ def test_a_run_says_that_nothing_was_learned_before(pictures, tmp_path, petl_log
     assert "random weights" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_head_alone_is_scored_and_steps_may_be_cut_into_pieces(pictures, tmp_path):
     words = [*VIT, "+method=lora", *images(pictures)]
     whole = train([*words, "train.linear_probe=true"], tmp_path / "whole")

@@ -81,6 +81,7 @@ def test_scores_are_given_by_task(run):
         assert shown in page
 
 
+@pytest.mark.thorough
 def test_an_evaluation_repeats_the_scores_and_takes_files(run, tmp_path):
     after = run.scores["after"]
     assert petl.evaluate(run.path) == pytest.approx({k: after[k] for k in after}, abs=1e-5)
@@ -142,6 +143,7 @@ def test_no_onnx_is_written(run, tmp_path):
         export_onnx(find(run.path), tmp_path / "onnx", None)
 
 
+@pytest.mark.thorough
 def test_the_plan_counts_the_heads_and_the_rows_of_both(sets, capsys):
     main(["plan", *METHODS["lora"], *sets, *MIXED])
     shown = capsys.readouterr().out

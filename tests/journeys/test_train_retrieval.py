@@ -60,6 +60,7 @@ def test_half_precision_is_close(plain, words, tmp_path):
     assert losses(other) != losses(plain)
 
 
+@pytest.mark.thorough
 def test_buckets_have_whole_steps_of_every_row(families, tmp_path):  # noqa: F811
     # of adapters that may read other positions, texts have rows of their own, with padding
     words = families("retrieval", "+method=adapter", *SHORTER)

@@ -98,6 +98,7 @@ def test_a_new_head_is_also_trained_alone_and_saved(run):
     assert bool(heads) == (task in {*HEADS, "reranking"})
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("run", ["multi_label", "question_answering"], indirect=True)
 def test_the_scores_before_training_are_those_without_a_linear_probe(run, tmp_path):
     finished, _, words = run
@@ -105,6 +106,7 @@ def test_the_scores_before_training_are_those_without_a_linear_probe(run, tmp_pa
     assert alone.scores["before"] == finished.scores["before"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("run", ["causal_lm"], indirect=True)
 def test_a_language_model_trains_alike_if_it_computes_all_positions(run, tmp_path, monkeypatch):
     finished, _, words = run
@@ -157,7 +159,7 @@ def test_an_adapter_without_its_run_is_known_by_its_type(run, tmp_path):
     merge(orphan, tmp_path / "free", None)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["question_answering", "seq2seq"])  # with a head and without
 def test_another_method_trains_it_and_becomes_a_plain_lora(families, tmp_path, task):
     run = train(families(task, "+method=mos", "method.r=4"), tmp_path / "run")
@@ -179,7 +181,7 @@ def test_a_stopped_run_resumes_bit_exactly(run, tmp_path):
         assert torch.equal(resumed.adapter[name], tensor)
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 def test_micro_batches_give_the_gradient_of_the_whole_batch(run, tmp_path):
     finished, _, words = run
     pieces = train([*words, "train.micro_batch_size=3", "train.test=false"], tmp_path / "pieces")
@@ -189,7 +191,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(run, tmp_path):
         torch.testing.assert_close(pieces.adapter[name], tensor, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["causal_lm", "question_answering"])
 def test_it_can_be_planned_without_weights(families, task):
     plan = plan_run(compose(families(task, "+method=lora")))
@@ -197,6 +199,7 @@ def test_it_can_be_planned_without_weights(families, task):
     assert (plan.memory.pass_ is not None) or plan.memory.unknown
 
 
+@pytest.mark.thorough
 def test_windows_of_one_question_are_held_out_together(families, tmp_path):
     run = train(families("question_answering", "+method=lora", "train.steps=1"), tmp_path / "run")
     held = [line["validation"] for line in run.metrics if "validation" in line]

@@ -76,6 +76,7 @@ def by_hand(
         model.get_submodule(closing).register_forward_hook(adapt(closing, stream))
 
 
+@pytest.mark.cells(10)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_equals_explicit_hooks(name, placement):
@@ -140,6 +141,7 @@ def test_counts_of_bert_base():
         assert count(petl.wrap(model, "adapter", r=48, locations=kinds)) == expected
 
 
+@pytest.mark.thorough
 def test_counts_of_t5_base_with_and_without_norms():
     config = T5Config(d_model=768, d_kv=2, d_ff=4, num_layers=12, num_heads=2, vocab_size=10)
     for norms, expected in ((False, 1_807_488), (True, 1_855_104)):
@@ -184,6 +186,7 @@ def test_width_follows_reduction_factor_or_r():
         assert {a.down_weight.shape for a in adapters(model).values()} == {(width, K)}
 
 
+@pytest.mark.thorough
 def test_adapterdrop_leaves_the_lower_blocks_without_adapters(tmp_path):
     config = BertConfig(
         hidden_size=8,

@@ -39,6 +39,7 @@ def by_hand(model: nn.Module, paths: list[str], weights: dict, placement: str) -
         module.register_forward_hook(hook(weights[path]), with_kwargs=True)
 
 
+@pytest.mark.cells(10)
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_equals_explicit_hooks(name):
@@ -84,6 +85,7 @@ def test_count_of_bert_base():
     assert count == 12 * (2 * 768 * 8 + 8 + 768) == 156_768
 
 
+@pytest.mark.thorough
 def test_blocks_and_sublayers_take_adapters_together_and_apart(tmp_path):
     """In one adapter and in two, in either order; names of tensors do not depend on the other."""
     family, batch = FAMILIES["llama"], FAMILIES["llama"].batch()

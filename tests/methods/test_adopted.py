@@ -22,6 +22,7 @@ def test_the_config_is_pefts_own(name):
     assert issubclass(petl.get(name), peft.PeftConfig)
 
 
+@pytest.mark.cells(7)
 @pytest.mark.parametrize("name", ADOPTED)
 def test_a_wrapped_model_equals_pefts(name):
     """Tensors are bit-exact those of `get_peft_model`, once presets are resolved.
@@ -47,6 +48,7 @@ def test_a_wrapped_model_equals_pefts(name):
     assert petl.method(name).exports_lora == supported
 
 
+@pytest.mark.cells(7)
 @pytest.mark.parametrize(("name", "load"), zip(ADOPTED, cycle([False, True]), strict=False))
 def test_the_same_trains_on_a_base_in_half_precision(name, load, tmp_path):
     """PEFT leaves AdaLoRA's rank counters trainable there, and on every device but the CPU."""

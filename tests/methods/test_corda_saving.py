@@ -41,6 +41,7 @@ def test_a_cached_initialization_needs_no_forward_and_is_bit_exact(tmp_path, kin
     assert "no covariances" not in caplog.text
 
 
+@pytest.mark.thorough
 def test_cached_factors_of_another_mode_rank_or_base_are_not_used(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     wrap(factors_cache=str(tmp_path))

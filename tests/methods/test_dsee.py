@@ -108,6 +108,7 @@ def test_counts_on_bert_base(entries, count):
     assert sum(p.numel() for p in trainable(headed).values()) == count + 1538
 
 
+@pytest.mark.thorough
 def test_count_on_llama_2_7b():
     config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
     model = petl.wrap(on_meta(LlamaForCausalLM, config), "dsee")
@@ -325,7 +326,7 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode():
     assert torch.equal(y, expected)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("is_pruned", [False, True])
 def test_compiled_layer_computes_the_same(is_pruned):
     layer, model = layer_of(16, 24, r=2, num_sparse=5, target_prune_ratio=0.5)

@@ -213,6 +213,7 @@ def test_after_growth_there_is_no_reserve_and_no_scoring():
     assert (rank_pattern(model), importance_scores(model)) == kept
 
 
+@pytest.mark.thorough
 def test_parameter_counts_are_the_published_ones():
     config = DebertaV2Config(
         hidden_size=768,

@@ -48,7 +48,7 @@ def start_of(layer: Any, kind: str, i: int) -> int:
     return int(layer.steps[1 if kind == "E" else 0, i])
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("order", "warmup"),
     [("allocate, step", 0), ("step, allocate", 2), ("lifecycle", 0), ("lifecycle", 2)],
@@ -87,6 +87,7 @@ def test_each_component_has_its_own_learning_rate_under_sgd(order, warmup):
     assert growth_finished(model)
 
 
+@pytest.mark.thorough
 def test_each_new_component_trains_like_under_an_adamw_of_its_own():
     model = wrap(warmup_steps=1)
     tuner: Any = model.base_model

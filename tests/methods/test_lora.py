@@ -65,6 +65,7 @@ def assert_same_model(ours: PeftModel, theirs: PeftModel) -> None:
     assert torch.equal(testing.logits(ours, BATCH), testing.logits(theirs, BATCH))
 
 
+@pytest.mark.cells(7)
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_a_wrapped_model_equals_pefts(fields):
     fields = {"target_modules": TARGETS, **fields}

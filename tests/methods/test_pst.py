@@ -134,6 +134,7 @@ def bert(cls, **settings):
         return cls(BertConfig(**settings))
 
 
+@pytest.mark.thorough
 def test_counts_are_those_of_the_paper():
     model = petl.wrap(bert(BertModel), "pst")
     assert len(tuner_layers(model)) == 72
@@ -240,7 +241,7 @@ def test_merging_writes_exact_zeros_and_unmerging_the_original_bits():
     assert torch.equal(logits(plain, batch), expected)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("save_mask", "interval"), [(False, 1), (True, 3)])
 def test_resumed_in_mid_schedule_the_masks_are_those_of_a_straight_run(
     save_mask, interval, tmp_path

@@ -196,7 +196,7 @@ CASES = [
 ]
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("make", "schedule", "fields", "protected", "attention"),
     [*((*case, "sdpa") for case in CASES), *((*case, "eager") for case in CASES[:2])],
@@ -327,7 +327,7 @@ def test_a_block_cannot_remove_more_than_half_of_its_tokens():
 # An inner method
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("inner", "fields"),
     [

@@ -163,6 +163,7 @@ def test_saved_bytes_do_not_depend_on_depth_or_on_inputs_that_require_gradients(
     assert max(found) < 0.5 * saved_bytes(lora, batch)
 
 
+@pytest.mark.thorough
 def test_counts_of_minilm_and_t5_base():
     def count(model: nn.Module, **fields) -> int:
         wrapped = petl.wrap(model, "sherl", **fields)
@@ -214,6 +215,7 @@ def test_unloading_restores_a_norm_that_trained():
     assert torch.equal(testing.logits(plain, batch), testing.logits(tiny.base(), batch))
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_adapters_with_other_plans_share_the_block_that_holds_them():
     family = FAMILIES["t5"]
@@ -259,6 +261,7 @@ def test_outputs_of_an_encoder_that_has_not_run_raise():
         model(**known)
 
 
+@pytest.mark.thorough
 def test_it_starts_as_linear_layers_of_torch_do():
     drawn: dict[str, list[Tensor]] = {}
     for seed in range(16):

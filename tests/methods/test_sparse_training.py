@@ -174,7 +174,7 @@ def test_the_first_selection_of_a_further_training_exchanges_no_more_than_later_
 # Processes and resuming
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("stop", [2, pytest.param(9, marks=pytest.mark.thorough), 5])
 def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(tmp_path, stop):
     data = [[b] for b in batches(13)]

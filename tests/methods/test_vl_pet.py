@@ -99,6 +99,7 @@ def stirred(family, **fields):
     return model
 
 
+@pytest.mark.cells(3)
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("gate", "identity"), [*((gate, False) for gate in GATES), *((gate, True) for gate in READING)]
@@ -190,6 +191,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("gate", "published"),
     [

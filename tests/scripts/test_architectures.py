@@ -41,7 +41,7 @@ TWELVE = tuple(name for name in SLICE if name not in LATER)
 ROUTED = ("causal/gpt_oss", "causal/mamba", "image-text/llava")
 
 
-@pytest.mark.cells(4)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("name", "method"),
     [

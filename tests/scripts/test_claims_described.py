@@ -18,7 +18,7 @@ from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
 
 
-@pytest.mark.cells(4)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_claim_can_be_tried(name, tmp_path, monkeypatch):
     claim = CLAIMS[name]
@@ -60,6 +60,7 @@ def resolved(words):
     return read_config(cfg).resolved["method"]
 
 
+@pytest.mark.thorough
 def test_the_adapters_of_the_claim_on_bits_differ_in_bits_and_width_alone():
     def fields_of(key):
         return resolved(WORDS["binary"][key])
@@ -116,6 +117,7 @@ def test_published_results_are_of_claims_and_have_their_pictures():
             assert (docs / f"assets/claims/{name}.svg").is_file()
 
 
+@pytest.mark.thorough
 def test_the_page_says_what_is_left():
     text = page.page()
     for each in UNTRIED:

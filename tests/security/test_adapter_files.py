@@ -110,6 +110,7 @@ def test_a_file_cut_anywhere_is_refused(name, copied):
     assert_refused(folder, "cannot be read")
 
 
+@pytest.mark.cells(24)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tensor_of_another_kind_of_dtype_is_refused(name, dtype, copied):
@@ -123,6 +124,7 @@ def test_a_tensor_of_another_kind_of_dtype_is_refused(name, dtype, copied):
     assert_refused(folder, "not of a floating-point type|is of dtype C64")
 
 
+@pytest.mark.cells(12)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_value_that_is_not_finite_is_refused(name, value, copied):
@@ -224,7 +226,7 @@ def test_sizes_that_the_file_does_not_justify_are_refused_before_they_are_alloca
 WRONG = ["x", "", -1, 1.5, True, None, [], {}, [[]], {"a": {}}, [1], float("nan"), 10**30, ["\0"]]
 
 
-@pytest.mark.cells(4)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_field_of_another_type_is_refused_or_used_but_never_a_traceback(name, folders, tmp_path):
     raw = json.loads((folders(name) / CONFIG).read_text())
@@ -265,6 +267,7 @@ def test_a_pattern_of_ranks_is_checked(name, pattern, copied):
     assert_refused(folder, "rank_pattern|shape|smaller r")
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("name", "field"),
     [
@@ -299,6 +302,7 @@ def test_a_config_that_is_no_plain_json_is_refused(text, copied):
 # Fuzzing
 
 
+@pytest.mark.thorough
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_damaged_bytes_are_refused_or_load(data, folders, tmp_path_factory):

@@ -202,6 +202,7 @@ class Damaged:
             seal(self.run / STEP)
 
 
+@pytest.mark.cells(60)
 @pytest.mark.parametrize("kind", ["missing", "cut", *WHOLE])
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_of_another_kind_is_named(good, bad, name, kind):
@@ -252,7 +253,7 @@ def formatted(value, suffix):
     return dump(value).encode("utf-8", "surrogatepass")
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @settings(max_examples=settings().max_examples // 3)  # each takes tenths of a second
 @given(data=st.data())
 @pytest.mark.parametrize("name", STRUCTURED)

@@ -107,6 +107,7 @@ def test_a_pickle_next_to_the_config_is_not_read(load, run, ran):
     assert not ran.exists()
 
 
+@pytest.mark.thorough
 def test_the_command_in_the_error_makes_a_file_that_loads(load, run):
     folder = run / "adapter"
     expected = load_file(folder / "adapter_model.safetensors")

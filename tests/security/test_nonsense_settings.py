@@ -61,6 +61,7 @@ def test_steps_of_a_schedule_that_are_text_are_refused(tiny):  # noqa: F811
         plan_run(compose(words))
 
 
+@pytest.mark.cells(13)
 @pytest.mark.parametrize("name", list_methods())
 def test_the_settings_that_are_varied_are_accepted_as_they_are(tiny, name):  # noqa: F811
     overrides = [*tiny.classify, f"+method={name}", "train.steps=1000"]  # AdaLoRA needs 150

@@ -134,6 +134,7 @@ def rendered(text):
     return re.findall(r"<[^>]*>", html), unescape(html)
 
 
+@pytest.mark.thorough
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from([*"ab_*`[]()!<>&|~$\\:/.w#-+1 \n\t\x1b'\"é", "www.", "http://"])))
 def test_any_text_in_markdown_is_shown_as_it_is(parts):
@@ -210,6 +211,7 @@ class Tags(HTMLParser):
         self.active += [(k, v) for k, v in attrs if k.startswith("on") or k in ("src", "href")]
 
 
+@pytest.mark.thorough
 def test_pages_have_no_markup_of_a_run(hostile, tmp_path):
     (hostile / '"><script>.png').write_bytes(b"\x89PNG")
     script = (ASSETS / "page.js").read_text()

@@ -109,6 +109,7 @@ def test_any_value_of_a_field_is_answered_or_refused(api, field, value):
         refused(reply, 400, 404)
 
 
+@pytest.mark.thorough
 def test_hostile_schemas_end_in_errors_and_hold_up_nobody(writers, api):
     """Other clients are answered meanwhile; what a schema refers to is not fetched."""
     many = [{f"p{i} {j}": {} for i in range(1000)} for j in range(3)]
@@ -150,6 +151,7 @@ def test_what_a_request_says_is_shown_and_not_obeyed(api, capsys):
     assert "\x1b" not in log
 
 
+@pytest.mark.thorough
 def test_a_prompt_of_special_tokens_cannot_break_the_server(api):
     reply = api.post("/v1/completions", json={"model": "lora", "prompt": [3, 0, 259]})
     assert reply.status_code == 200

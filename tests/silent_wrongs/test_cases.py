@@ -8,6 +8,7 @@ from silent_cases.verdicts import SILENT
 SLOW = ("T1", "T2", "T3", "T6", "T8")
 
 
+@pytest.mark.cells(25)
 @pytest.mark.parametrize(
     "name",
     [

@@ -16,6 +16,7 @@ def test_a_single_process_is_a_group_of_one():
     assert float(distributed.summed(torch.tensor(3.0))) == 3.0
 
 
+@pytest.mark.thorough
 def test_results_of_one_process_reach_all():
     for rank, found in enumerate(in_processes(2, _batched)):
         assert found == {

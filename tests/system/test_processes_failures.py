@@ -136,7 +136,7 @@ def launch(names, pipe):
     time.sleep(60)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("names", "ends"),
     [(["TORCHELASTIC_RUN_ID"], True), ([], False)],  # a run outlives the shell that started it

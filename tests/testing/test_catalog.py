@@ -57,6 +57,7 @@ def assert_noticed(check: str, case: Case = LLAMA) -> None:
     assert len(str(raised.value)) > len(f"{case}, {check}: "), f"{check} has no message"
 
 
+@pytest.mark.thorough
 def test_an_intact_method_passes_in_two_processes():
     testing.run("two_processes_equal_one", LLAMA)
 
@@ -354,6 +355,7 @@ def test_pytest_reports_a_check_without_its_package_as_skipped(tmp_path):
     assert "pip install torchao" in done.stdout
 
 
+@pytest.mark.thorough
 def test_messages_name_the_bound():
     slow_learner = Case("mola", "llama", lr=1e-5)
     message = r"it must fall by 5% in 20 steps; if the method can, set another Case\(lr=...\)"
@@ -409,6 +411,7 @@ def rank_and_size() -> tuple[int, int, bool]:
     return distributed.get_rank(), int(total), torch.get_num_threads() == 1
 
 
+@pytest.mark.thorough
 def test_processes_of_a_group_know_their_rank_and_size():
     assert testing.in_processes(2, rank_and_size) == [(0, 2, True), (1, 2, True)]
 

@@ -267,6 +267,7 @@ def test_two_processes_train_as_one_does():
 DECAYING = ["+method=lora", "train.optimizer=adamr", "train.delta_decay=0.5", "train.steps=8"]
 
 
+@pytest.mark.thorough
 def test_a_run_decays_towards_its_start_and_resumes_bit_exactly(tiny, tmp_path):
     common = [*tiny.classify, "train.log_steps=1", "train.save_steps=4"]
     free = train([*common, *DECAYING, "train.delta_decay=0"], tmp_path / "free")
@@ -295,6 +296,7 @@ def test_a_plan_counts_the_reference(tiny):
     assert ours.optimizer_state == "AdamR's two moments and reference"
 
 
+@pytest.mark.thorough
 def test_adalora_trains_with_it(tiny, tmp_path):
     schedule = ["method.tinit=1", "method.tfinal=1", "train.log_steps=1"]
     run = train([*tiny.steady, "+method=adalora", *schedule, *DECAYING[1:]], tmp_path / "run")

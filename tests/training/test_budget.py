@@ -62,7 +62,7 @@ def test_the_largest_size_is_that_of_trying_all(count, budget):
     assert largest(count, budget) == max(fits)
 
 
-@pytest.mark.cells(3)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("name", SIZED)
 def test_the_budget_is_spent_but_for_less_than_a_rank(name):
     budget = 10 * LORA_RANK
@@ -90,6 +90,7 @@ def test_of_sizes_with_equal_counts_the_smallest_is_taken(count, budget):
     assert len(tried) < 60
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["loha", "lokr"])
 def test_the_scaling_of_loha_and_lokr_stays(name):
     chosen = within_budget(fields(name), base, 5000)
@@ -140,6 +141,7 @@ def test_a_trained_head_is_not_part_of_the_budget(tiny: Tiny):
     assert any(group.role == "head" for group in with_head.groups)
 
 
+@pytest.mark.thorough
 def test_a_run_notes_the_parameters_of_its_adapter(tiny: Tiny, tmp_path):
     run = train([*tiny.steady, "+method=lora", "train.budget=2000"], tmp_path / "run")
     tensors = {k: t for k, t in run.adapter.items() if "lora_" in k}

@@ -65,6 +65,7 @@ def test_columns_are_hashed_row_by_row_whatever_their_order_and_those_of_no_inpu
     assert digest(rows.add_column(f"{NON_INPUT_PREFIX}note", ["x"] * 4)) == digest(rows)
 
 
+@pytest.mark.thorough
 def test_of_many_rows_some_are_hashed_also_after_a_selection():
     rows = dataset("token ids", "label", repeats=600)
     assert digest(rows) == by_loop(rows)

@@ -74,6 +74,7 @@ def test_ordinary_labels_are_not_reported(petl_log):
     assert petl_log.text == ""
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("kind", ["classify", "complete"])
 def test_truncated_test_rows_are_counted(tiny, tmp_path, petl_log, kind):
     words = [*getattr(tiny, kind), "+method=lora", "train.steps=1"]

@@ -116,6 +116,7 @@ def test_what_changes_them_has_them_computed(tiny, change):
     assert job.probe()[1] == batches(job)
 
 
+@pytest.mark.thorough
 def test_another_precision_has_them_computed(tiny):
     Job(tiny).probe()
     job = Job(tiny, precision="bf16")
@@ -128,6 +129,7 @@ def test_a_model_that_computes_with_its_adapter_keeps_nothing(tiny):
     assert not (cache_folder() / FOLDER).exists()
 
 
+@pytest.mark.thorough
 def test_a_damaged_file_is_made_again(tiny):
     expected, _ = Job(tiny).probe()
     for file in (cache_folder() / FOLDER).glob("*.safetensors"):

@@ -67,6 +67,7 @@ def test_runs_from_one_store_are_equal_and_near_the_run_without(
         assert first.scores[when] == pytest.approx(plain.scores[when], abs=1e-5)
 
 
+@pytest.mark.thorough
 def test_validation_and_the_linear_probe_read_the_store(tiny, tmp_path, cache, petl_log):
     probe = ["train.linear_probe=true", "train.eval_steps=7"]
     train([*tiny.steady, *TOP, *probe], tmp_path / "run")
@@ -134,6 +135,7 @@ def test_auto_leaves_a_model_with_dropout_as_it_is(tiny, tmp_path, cache, petl_l
     assert stores(cache)
 
 
+@pytest.mark.thorough
 def test_runs_without_a_use_for_it_do_not_fill_a_store(tiny, tmp_path, cache, petl_log):
     train([*tiny.steady, *TOP, "train.steps=4"], tmp_path / "short")
     assert "reads its examples 0.57 times, and computing them costs as much" in petl_log.text
@@ -143,6 +145,7 @@ def test_runs_without_a_use_for_it_do_not_fill_a_store(tiny, tmp_path, cache, pe
     assert not stores(cache)
 
 
+@pytest.mark.thorough
 def test_a_small_disk_is_an_error_only_if_the_store_was_asked_for(
     tiny, tmp_path, cache, petl_log, monkeypatch
 ):

@@ -84,7 +84,7 @@ def test_the_loop_does_what_a_loop_written_by_hand_does(tiny, tmp_path):
 # Any split of the same rows
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("task", "method"), [("steady", "lora"), ("complete", "mola")])
 def test_micro_batches_of_any_size_train_like_the_whole_batch(tiny, tmp_path, task, method):
     common = [*getattr(tiny, task), f"+method={method}", "train.steps=4", "train.log_steps=1"]
@@ -99,7 +99,7 @@ def test_micro_batches_of_any_size_train_like_the_whole_batch(tiny, tmp_path, ta
             assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [["train.buckets=4", "train.max_tokens=64"], ["train.batch_sizes={6: 11, 8: 8, 12: 5}"]],
@@ -115,6 +115,7 @@ def test_steps_of_similar_rows_pad_less_and_may_be_cut_as_well(tiny, tmp_path, s
     assert plain.metrics[-1]["padding"] == plain.scores["padding"]
 
 
+@pytest.mark.thorough
 def test_packed_texts_may_be_cut_into_micro_batches(tiny, tmp_path):
     common = [*tiny.complete, "+method=lora", "data.pack=true", "train.steps=4"]
     whole = train(common, tmp_path / "whole")
@@ -149,6 +150,7 @@ def test_a_micro_batch_without_labels_counts_nothing(tiny, tmp_path, monkeypatch
     assert_same(whole, cut, **SPLIT)
 
 
+@pytest.mark.thorough
 def test_the_auxiliary_loss_counts_once_whatever_the_accumulation(tiny, tmp_path):
     # all rows alike: then each micro-batch has the statistics of the whole
     rows = tiny.folder / "alike.csv"
@@ -234,6 +236,7 @@ def test_a_bf16_model_and_bf16_products_learn_as_float32_does(tiny, tmp_path):
 # The log
 
 
+@pytest.mark.thorough
 def test_a_log_line_is_the_mean_of_the_steps_since_the_last(tiny, tmp_path):
     common = [*tiny.steady, "+method=mola", "train.steps=5"]
     each = train([*common, "train.log_steps=1"], tmp_path / "each").metrics
@@ -261,6 +264,7 @@ def test_a_line_of_more_steps_than_are_kept_is_the_mean_of_the_last(tiny, tmp_pa
     ]
 
 
+@pytest.mark.thorough
 def test_the_loss_is_logged_without_the_auxiliary_loss(tiny, tmp_path):
     common = [*tiny.steady, "+method=mola", "train.log_steps=1", "train.steps=1"]
     small = train([*common, "method.router_aux_loss_coef=0.001"], tmp_path / "small").metrics[0]
@@ -269,6 +273,7 @@ def test_the_loss_is_logged_without_the_auxiliary_loss(tiny, tmp_path):
     assert large["loss"] == pytest.approx(small["loss"], abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_nothing_is_fetched_from_the_device_between_log_lines(tiny, tmp_path, monkeypatch):
     fetched = []
     for name in ("item", "tolist", "__bool__", "__float__"):
@@ -292,6 +297,7 @@ def test_nothing_is_fetched_from_the_device_between_log_lines(tiny, tmp_path, mo
 # Evaluation that steers
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("losses", "best"), [([1.0] * 5, 2), ([1.0, 1.0, 1.0, 0.9, 1.0], 4)])
 def test_the_adapter_is_that_of_the_best_evaluation(tiny, tmp_path, monkeypatch, losses, best):
     course = iter(zip([0.3, 0.9, 0.5, 0.9, 0.1], losses, strict=True))
@@ -385,6 +391,7 @@ def test_a_nan_loss_stops_with_its_step_and_the_last_good_checkpoint(tiny, tmp_p
         verify(tmp_path / "run" / "checkpoints" / name)
 
 
+@pytest.mark.thorough
 def test_a_run_without_a_gradient_says_that_nothing_is_trained(
     tiny, tmp_path, monkeypatch, petl_log
 ):
@@ -470,6 +477,7 @@ def test_learning_rates_follow_the_schedule(tiny, tmp_path):
 # What a run says of itself
 
 
+@pytest.mark.thorough
 def test_each_pass_of_a_run_has_a_line(tiny, tmp_path, petl_log):
     words = [*tiny.steady, "+method=corda", "method.r=2", "method.calibration_data.num_samples=4"]
     words += ["train.linear_probe=true", "train.find_lr=true", "train.find_lr_steps=10"]
@@ -488,6 +496,7 @@ def test_each_pass_of_a_run_has_a_line(tiny, tmp_path, petl_log):
         assert begin in lines, (begin, petl_log.messages)  # in this order
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("steps", "points"), [(4, 4), (50, 25)])
 def test_a_short_run_has_a_curve(tiny, tmp_path, steps, points):
     words = [*tiny.steady, "+method=lora", f"train.steps={steps}", "train.score_before=false"]

@@ -121,7 +121,7 @@ METHODS = {
 }
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", METHODS)
 def test_the_model_is_restored_exactly(tiny, tmp_path, name):
     found = assert_search_leaves_no_trace(tiny, tmp_path, f"+method={name}", *METHODS[name])

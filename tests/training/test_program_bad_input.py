@@ -71,7 +71,7 @@ def test_bad_input_ends_the_program_with_one_message(typed, tmp_path, words, mes
     check(*typed(*words), message, tmp_path)
 
 
-@pytest.mark.cells(3)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(("words", "message"), READ, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_data_or_model_leaves_nothing_behind(
     typed, tiny, tmp_path, words, message
@@ -105,6 +105,7 @@ def test_settings_are_checked_before_data_is_read(
     assert message in output
 
 
+@pytest.mark.thorough
 def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_loaded(
     typed, tiny, monkeypatch
 ):

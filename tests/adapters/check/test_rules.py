@@ -44,6 +44,7 @@ def test_a_healthy_folder_has_no_warning(config, layout):
     assert ("stop.token" in unknown) == (layout == "peft")
 
 
+@pytest.mark.cells(6)
 @pytest.mark.parametrize("method", OWN)
 def test_what_a_method_of_petl_saves_is_healthy(method, tmp_path):
     own_case(method, models_of(method)[0]).wrap_stirred().save_pretrained(tmp_path)

@@ -75,6 +75,7 @@ def test_linear_and_magnitude():
     torch.testing.assert_close(flat(pruned), expected)
 
 
+@pytest.mark.thorough
 def test_dare_has_a_mask_for_each_state():
     given, density = states(2), 0.4
     found = combine(given, "dare_linear", density=density, seed=7)

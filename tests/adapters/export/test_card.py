@@ -83,7 +83,7 @@ def params(tasks):
     return [task if task in QUICK else pytest.param(task, marks=slow) for task in tasks]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", params([*ON_TEXTS, *ON_MEDIA]))
 def test_the_code_of_cards_loads_and_predicts(task, exported, capsys):
     made = exported(task)

@@ -135,6 +135,7 @@ def test_factors_are_written_unchanged_where_scales_are_equal(llama, tmp_path):
     assert torch.equal(tensors["blk.1.ffn_up.weight.lora_b"], stored[key.format("B")])
 
 
+@pytest.mark.thorough
 def test_a_file_that_holds_something_else_is_not_kept(llama, tmp_path, monkeypatch):
     saved = adapter_of(llama, "lora", tmp_path / "adapter")
     add = gguf.GGUFWriter.add_tensor
@@ -192,7 +193,7 @@ def greedy(model, prompt, length):
     return made[0, len(prompt) :].tolist()
 
 
-@pytest.mark.cells(3)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("family", DECODERS)
 def test_llama_cpp_continues_as_petl_does(family, llama_cpp: Answer, tmp_path):
     """Tiny random decoders: each tensor of the adapter is at its place."""

@@ -188,6 +188,7 @@ def test_methods_without_a_weight_update_are_not_exported(mola_run, tiny, tmp_pa
         export_lora(find(saved), tmp_path / "out", None)
 
 
+@pytest.mark.thorough
 def test_a_head_of_several_layers_is_exported_completely(tmp_path):
     shared = bert_config().to_dict() | {"num_labels": 3, "max_position_embeddings": 40}
     kinds = ("model_type", "architectures", "id2label", "label2id")
@@ -202,7 +203,7 @@ def test_a_head_of_several_layers_is_exported_completely(tmp_path):
     assert heads == {"dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias"}
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["test_pair", "vera"])
 def test_a_conv1d_base_is_supported(name, tmp_path):
     config = GPT2Config(

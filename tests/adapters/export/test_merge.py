@@ -50,7 +50,7 @@ def test_a_merged_model_is_a_plain_one_with_the_same_outputs(lora_run, tmp_path)
     assert written.difference.effect > 0.01
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "write"), [("lora", merge), ("test_pair", export_lora)])
 def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
     tiny, tmp_path, caplog, method, write
@@ -84,6 +84,7 @@ def test_a_method_that_cannot_merge_is_refused_and_nothing_is_written(mola_run, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_a_merge_that_changes_outputs_is_refused_and_writes_nothing(tiny, tmp_path, monkeypatch):
     saved = save_stirred(classifier(tiny), "test_pair", tmp_path / "pair", task_type="SEQ_CLS")
     monkeypatch.setattr(PairAdapter, "delta", lambda self: 2 * petl.Adapter.delta(self))
@@ -116,6 +117,7 @@ def test_norms_and_head_of_a_method_without_layers_of_its_own_are_merged(tiny, t
     close(logits(plain, ids), logits(adapted(saved), ids))
 
 
+@pytest.mark.thorough
 def test_a_run_without_its_data_is_compared_on_random_tokens(tiny, tmp_path, caplog):
     data = tmp_path / "train.csv"
     with data.open("w", newline="") as opened:
@@ -132,6 +134,7 @@ def test_a_run_without_its_data_is_compared_on_random_tokens(tiny, tmp_path, cap
     close(logits(plain, ids), logits(adapted(run.path), ids))
 
 
+@pytest.mark.thorough
 def test_a_run_on_images_without_its_data_is_compared_on_noise(pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "cache"))
     data = shutil.copytree(pictures, tmp_path / "pictures")

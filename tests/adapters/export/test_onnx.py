@@ -35,6 +35,7 @@ from petl.errors import InputError, RunStopped, UnsupportedError
 pytest.importorskip("onnxscript", reason="onnxscript is missing: pip install 'petl-peft[onnx]'")
 pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install 'petl-peft[onnx]'")
 pytest_plugins = ["export_fixtures", "media_fixtures", "training_fixtures"]
+pytestmark = pytest.mark.thorough  # the exporter of torch takes long
 
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "gguf-and-onnx.md"
 
@@ -82,7 +83,6 @@ def test_a_classifier_runs_without_torch_at_any_size(classifier, lora_run, monke
     assert not any(label.startswith("LABEL") for label in labels.values())
 
 
-@pytest.mark.thorough
 def test_an_adapter_without_its_run_tells_two_texts_apart(tmp_path):
     names = ["input_ids", "attention_mask", "token_type_ids"]
     write_model(
@@ -101,7 +101,6 @@ def test_an_adapter_without_its_run_tells_two_texts_apart(tmp_path):
     torch.testing.assert_close(session(**pair)["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.thorough
 def test_an_embedding_is_the_mean_over_the_tokens(tmp_path, monkeypatch, capsys):
     config = bert_config()
     config.vocab_size = 264

@@ -81,6 +81,7 @@ def test_links_and_damaged_files_never_go_up(mola_run, hub_server, tmp_path):
         prepare(tmp_path / "none", NAME)
 
 
+@pytest.mark.thorough
 def test_the_code_of_an_uploaded_card_loads_from_the_hub(tiny, mola_run, hub_server, tmp_path):
     """The base model is on the Hub as well; the lines are executed as they are there."""
     hub_server.add("ada/base", tiny.folder / "steady")
@@ -99,6 +100,7 @@ def test_the_code_of_an_uploaded_card_loads_from_the_hub(tiny, mola_run, hub_ser
     assert (config["base_model_name_or_path"], config["revision"]) == ("ada/base", commit)
 
 
+@pytest.mark.thorough
 def test_an_exported_and_a_merged_folder_go_up(lora_run, hub_server, tmp_path):
     export_lora(find(lora_run.path), tmp_path / "lora", None)
     merge(find(lora_run.path), tmp_path / "merged", None)
@@ -113,6 +115,7 @@ def test_an_exported_and_a_merged_folder_go_up(lora_run, hub_server, tmp_path):
     assert ask("the red dog")[0]["label"] in ("beast", "color", "tool")
 
 
+@pytest.mark.thorough
 def test_each_error_of_the_hub_is_one_line(mola_run, hub_server, monkeypatch):
     upload = prepare(mola_run.path, NAME)
     with pytest.raises(InputError, match="the token may not do this with bob/verbs"):
@@ -145,6 +148,7 @@ def test_each_error_of_the_hub_is_one_line(mola_run, hub_server, monkeypatch):
         push(upload, NAME)
 
 
+@pytest.mark.thorough
 def test_petl_load_takes_the_name_of_the_repository(mola_run, hub_server):
     pushed(mola_run.path)
     expected = find(mola_run.path)

@@ -118,6 +118,7 @@ def test_ranks_become_a_lora_with_a_rank_for_each_layer(command, runs, tmp_path,
     assert outputs(tmp_path / "s").isfinite().all()
 
 
+@pytest.mark.thorough
 def test_the_reference_has_the_precision_of_the_candidates(command, tiny, tmp_path):
     words = [*tiny.steady, "train.steps=3", "train.lr=0.05", "train.precision=bf16"]
     train([*words, "+method=lora"], tmp_path / "run")

@@ -38,7 +38,7 @@ def saved(model, folder):
     return folder
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "widths", "heads"),
     [("llama", "even", True), ("gpt2", "even", False), ("llama", "by_block", True)],

@@ -79,6 +79,7 @@ def test_the_config_has_the_nearest_multiples(name, fields):
     assert config_fields(model.config) == before
 
 
+@pytest.mark.cells(5)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_channels_with_the_largest_scores_stay_in_their_order(name):
     model = dense(name)

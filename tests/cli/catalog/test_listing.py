@@ -36,6 +36,7 @@ def computed() -> list[listing.ListingTable]:
     return listing.compute_tables()
 
 
+@pytest.mark.thorough
 def test_the_committed_listing_equals_what_the_code_computes(computed):
     kept = json.loads(listing.CACHE.read_text())
     assert kept["made_of"] == listing.fingerprint(), "run: python scripts/support.py"
@@ -97,6 +98,7 @@ def test_an_added_method_makes_the_cache_out_of_date(tmp_path, monkeypatch):
     assert listing.fingerprint() != before
 
 
+@pytest.mark.thorough
 def test_methods_are_grouped_by_need_and_each_need_recommends_one_at_most(computed):
     methods, *_, recommended = computed
     needs = [row[2] for row in methods.rows]

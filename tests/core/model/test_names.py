@@ -102,7 +102,7 @@ def test_blocks_without_an_adapter_are_said_where_the_projector_has_one(caplog):
     assert "'vision'" in line
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["florence2", "t5gemma2"])
 def test_in_encoder_decoders_the_vision_tower_is_left_out_too_and_said(kind, caplog):
     def model():

@@ -37,6 +37,7 @@ def assert_failed_wrap_changes_nothing(model: nn.Module, wrap) -> None:
     torch.testing.assert_close(dict(model.state_dict()), weights, rtol=0, atol=0)
 
 
+@pytest.mark.cells(13)
 @pytest.mark.parametrize("name", petl.list_methods())
 def test_an_error_after_all_layers_are_adapted_changes_nothing(name, monkeypatch):
     case = case_of(name)

@@ -32,6 +32,7 @@ def generated(model, ids, names, **more):
     )  # fmt: skip
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize("method", ["mos", "mola", "adapter", "compacter"])
 def test_each_row_generates_the_same_as_with_its_adapter_alone(method):
     case, model = two(method)
@@ -121,6 +122,7 @@ class CachedKernel:
         return y
 
 
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("turns", "is_generation_call", "alive"),
     [(1, False, [False]), (3, False, [False, True]), (1, True, [True]), (3, True, [True])],

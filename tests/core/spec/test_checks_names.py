@@ -25,6 +25,7 @@ REFUSED = (
 )
 
 
+@pytest.mark.cells(4)
 @pytest.mark.parametrize("name", REFUSED)
 def test_wrap_load_and_add_adapter_refuse_a_name(name, tmp_path):
     model = petl.wrap(tiny_llama(2), "mola")

@@ -109,6 +109,7 @@ def within_disable(model):
 EMBEDDED = Case("lora", "llama", {"target_modules": ["q_proj", "embed_tokens"]})
 
 
+@pytest.mark.cells(3)
 @pytest.mark.parametrize("case", [*HOSTED.values(), EMBEDDED], ids=[*HOSTED, "lora of embeddings"])
 def test_a_saved_adapter_is_the_file_that_peft_writes(case, tmp_path):
     model = testing.stir(case.wrap(adapter_name="a0"), "a0")

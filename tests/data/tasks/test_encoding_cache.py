@@ -94,6 +94,7 @@ def test_rows_are_kept_in_memory_if_the_cache_is_not_writable(tokenizer, tmp_pat
     assert not encoded.cache_files
 
 
+@pytest.mark.thorough
 def test_another_process_reads_the_cached_rows(tokenizer, cache):
     program = (
         "from datasets import Dataset\n"

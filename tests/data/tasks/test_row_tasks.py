@@ -46,6 +46,7 @@ def run_of(families, tmp_path_factory):
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "kind",
     [
@@ -84,6 +85,7 @@ def test_predictions_depend_on_the_task_of_the_row(run_of):
         petl.predict(predictor, rows)
 
 
+@pytest.mark.thorough
 def test_prompts_without_a_task_are_refused(run_of):
     with pytest.raises(UnsupportedError, match="serves the tasks left, right"):
         load_language_model(run_of("causal_lm").path)

@@ -82,7 +82,7 @@ def of_two_blocks(name):
     return replace(case, model=TWO_BLOCKS)
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", OWN_AND_OTHERS)
 def test_every_method_is_decoded_as_without_drafts(name):
     case = of_two_blocks(name)
@@ -154,7 +154,7 @@ def test_adapters_that_are_switched_between_calls(name):
         assert torch.equal(drafted(model), generated(case.base(), 1))
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "fields",
     [
@@ -272,6 +272,7 @@ def test_shortfalls_are_zero_for_greedy_answers_and_larger_for_others():
         shortfalls(model, found, 22)
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_answer_is_checked_by_what_is_promised(dtype):
     model = testing.tiny_llama().to(dtype)

@@ -197,7 +197,7 @@ class Slow(Oracle):
         return super().draft(root, budget)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("seconds", "switch", "rounds"),
     [

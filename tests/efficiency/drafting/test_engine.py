@@ -69,7 +69,7 @@ def generated(model, ids, **settings):
     return found, float(torch.rand(()))
 
 
-@pytest.mark.cells(4)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("family", "settings"),
     [*zip(cycle(DECODERS), SETTINGS), *((family, "top-k-p") for family in [*DECODERS][:2])],
@@ -472,6 +472,7 @@ def bf16(guess):
     return float(shortfalls(model, found, 6).max()), 2 * rounding(model)
 
 
+@pytest.mark.thorough
 def test_in_16_bits_each_token_is_the_models_own_up_to_rounding():
     for guess in (Random(), drafter("lookup", min_ngram=1)):
         shortfall, allowed = bf16(guess)

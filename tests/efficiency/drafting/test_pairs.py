@@ -72,7 +72,7 @@ def assert_lossless(model, family, seed=1, **settings):
     return stats.accepted
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("settings", "family"),
     [
@@ -85,7 +85,7 @@ def test_the_answer_is_that_of_plain_decoding(family, settings):
     assert_lossless(tiny_pair(family), family, **MORE[settings])
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("family", PAIRS)
 def test_each_verified_kind_computes_chains_as_single_passes(family):
     model = tiny_pair(family)
@@ -174,7 +174,7 @@ def test_scores_and_both_caches_are_those_of_plain_decoding(family):
 # Adapters
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["lora", "adapter", "compacter"])
 def test_adapters_on_both_stacks_and_a_switch_between_them(method):
     torch.manual_seed(0)

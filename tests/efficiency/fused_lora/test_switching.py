@@ -152,7 +152,7 @@ def same_outputs(theirs, ours, batch):
         assert testing.difference(found["y"], expected["y"]) < 1e-4
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_operations_give_the_same_results_as_peft(name, seed, tmp_path):

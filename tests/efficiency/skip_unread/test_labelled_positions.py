@@ -83,6 +83,7 @@ def assert_same(found: tuple[Any, ...], expected: tuple[Any, ...], tolerance: fl
         )
 
 
+@pytest.mark.cells(5)
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_loss_and_gradients_equal_the_plain_model(family: str, head: str) -> None:

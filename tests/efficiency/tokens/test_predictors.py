@@ -54,6 +54,7 @@ def trained():
     return train_predictors(planted(), batches(290), block=4, keep=0.42, lr=3e-3)
 
 
+@pytest.mark.thorough
 def test_trained_predictors_keep_what_attention_looks_at(trained, tmp_path):
     assert trained.recall > 0.9
     assert {*trained.predictors.layers} == {"2", "3"}
@@ -155,6 +156,7 @@ def test_all_units_idle_leave_one():
         ({"3.lemo_q1.weight": torch.full((2, 32), torch.nan)}, {}, "3.lemo_q1.weight"),
     ],
 )
+@pytest.mark.thorough
 def test_a_file_that_does_not_fit_is_refused(changed, settings, words, trained, tmp_path):
     file = tmp_path / "predictors.safetensors"
     trained.predictors.save(file)

@@ -147,6 +147,7 @@ def test_a_stopped_advice_goes_on(faked, rows, tmp_path):
     assert again["trials"] == whole["trials"]
 
 
+@pytest.mark.thorough
 def test_another_command_does_not_take_over_a_folder(faked, rows, tmp_path):
     faked.advise(tmp_path, rows)
     with pytest.raises(InputError, match="another command"):
@@ -174,6 +175,7 @@ def test_what_a_constraint_costs_is_tried(faked, rows, tmp_path):
     assert cost["without"]["gain"]["center"] == pytest.approx(0.01 * (8 - found["rank"]))
 
 
+@pytest.mark.thorough
 def test_settings_that_lose_too_much_are_not_advised(faked, rows, tmp_path):
     faked.more = {"retained": {"drift": 0.5}}
     with pytest.raises(InputError, match=r"--lost 0.1: .*0.500"):
@@ -184,6 +186,7 @@ def test_settings_that_lose_too_much_are_not_advised(faked, rows, tmp_path):
         faked.advise(tmp_path / "c", rows, lost=0.1)
 
 
+@pytest.mark.thorough
 def test_a_limit_of_seconds_shortens_the_training(faked, rows, tmp_path):
     # the start takes 5 seconds, a run 1, a step 0.1: 4 are left
     found = faked.advise(tmp_path / "a", rows, seconds=10.0)
@@ -195,6 +198,7 @@ def test_a_limit_of_seconds_shortens_the_training(faked, rows, tmp_path):
         faked.advise(tmp_path / "b", rows, seconds=6.5)
 
 
+@pytest.mark.thorough
 def test_losses_are_predicted_as_losses(faked, rows, tmp_path):
     faked.more = {
         "metric": "loss",

@@ -97,6 +97,7 @@ def splits_of(tiny: Tiny, *words: str) -> tuple:
     return config, encode_splits(data, processor, config.train, accelerator), accelerator
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("method", ["lora", "corda"])
 def test_trial_steps_find_a_hidden_size(tiny, monkeypatch, method):
     forward = BertForSequenceClassification.forward

@@ -36,6 +36,7 @@ def test_experts_run_on_shapes_with_and_without_adapters(name, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_model_that_counts_the_tokens_of_its_images_runs_on_shapes():
     case = Case("lora", "llava", {"target_modules": "all-linear"})
     model, batch = case.wrap(), case.batch()

@@ -85,6 +85,7 @@ def test_frozen_blocks_are_planned_with_the_size_of_their_store_and_what_it_save
     assert plan(tiny, *words, "train.cache_frozen=false").frozen is None
 
 
+@pytest.mark.thorough
 def test_dropout_below_the_first_trained_block_is_planned_as_a_reason(tiny):
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
     planned = plan_run(compose([*tiny.classify, *words])).frozen
@@ -93,6 +94,7 @@ def test_dropout_below_the_first_trained_block_is_planned_as_a_reason(tiny):
     assert planned.reason == ""
 
 
+@pytest.mark.thorough
 def test_an_adapter_of_the_embeddings_is_planned_as_a_reason(tiny):
     words = ["+method=lora", "method.layers_to_transform=top:1", "train.steps=14"]
     planned = plan(tiny, *words, "+method.trainable_token_indices=[1,2]").frozen
@@ -149,6 +151,7 @@ def fields(name: str, **changes) -> dict:
     return method_fields(settings, "SEQ_CLS", total_steps=1000)
 
 
+@pytest.mark.cells(5)
 @pytest.mark.parametrize("name", ours_first(adaptable("bert")))
 def test_adapter_file_has_the_planned_size_to_the_byte(name, tmp_path):
     planned = safetensors_bytes(saved_shapes(on_shapes(on_meta, fields(name))))
@@ -231,6 +234,7 @@ def test_plan_needs_no_weights(tiny, tmp_path):
     assert plan(tiny, "+method=lora", f"model.path={model}").groups
 
 
+@pytest.mark.thorough
 def test_targets_are_counted_by_their_place_in_a_layer(tiny):
     planned = plan(tiny, "+method=lora", "method.target_modules=[query,dense]")
     assert [(t.name, t.shape, t.modules) for t in planned.targets] == [
@@ -269,7 +273,7 @@ def test_weights_gradients_and_moments_take_four_bytes_per_value(tiny):
     assert plan(tiny, "+method=lora").memory.gradients == 0
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "tensors", "meaning"),
     [
@@ -306,7 +310,7 @@ def test_bf16_base_halves_its_weights_but_not_the_adapter(tiny):
     )
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("name", "fused"), [("lora", False), ("lora", True), ("mola", False), ("ia3", False)]
 )
@@ -335,7 +339,7 @@ def test_a_pass_without_data_needs_the_memory_of_a_real_one(name, fused, checkpo
     assert (planned.kept, planned.peak) == (kept, live.peak)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("trained", [False, True])
 def test_segments_of_the_loss_need_the_memory_of_a_real_pass(trained):
     config = llama_config()
@@ -427,6 +431,7 @@ def test_the_memory_of_a_pass_that_reads_values_is_unknown():
         pass_memory(model, {"x": torch.ones(2, 4)}, CPU)
 
 
+@pytest.mark.thorough
 def test_supports_gives_the_reason_of_a_refusal(tiny):
     supports = plan(tiny, "+method=mola").supports
     assert supports["petl merge"].startswith("no: MoLA adapters depend on the input")

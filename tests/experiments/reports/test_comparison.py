@@ -179,6 +179,7 @@ def test_of_runs_with_the_same_settings_and_seed_the_latest_counts(tmp_path, pet
     assert f"{tmp_path}/a is left out: {tmp_path}/c has the same settings" in petl_log.text
 
 
+@pytest.mark.thorough
 def test_each_data_set_has_a_comparison_of_its_own(tmp_path):
     loss = {"after": {"loss": 2.0}, "metric": "loss", "higher_is_better": False}
     for i, (data, figures) in enumerate(

@@ -40,6 +40,7 @@ def test_the_table_has_score_size_time_and_difference(runs):
     assert table.rows[-1][:2] == ["before training", "10.0 %"]
 
 
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", ["lost", "drift"])
 def test_what_was_lost_is_a_column_and_an_axis_where_all_seeds_have_it(name, tmp_path):
     for method, values in {"lora": (0.1, 0.3), "mola": (0.05, None), "mos": (-0.02, -0.02)}.items():
@@ -85,6 +86,7 @@ def test_a_loss_has_no_interval(tmp_path):
     assert "interval" not in " ".join(summary(*found))
 
 
+@pytest.mark.thorough
 def test_a_run_without_training_has_no_time_of_a_step(tmp_path):
     write_run(tmp_path / "lora", 0.5, "+method=lora")
     write_run(tmp_path / "icv", 0.6, "+method=icv", steps=0, tokens=0, seconds=0.0, cpu_seconds=0.0)

@@ -69,6 +69,7 @@ def test_the_page_needs_no_other_file(folder):
     assert "<script>\n" in page
 
 
+@pytest.mark.thorough
 def test_the_page_shows_what_the_method_did_once(folder):
     heat_map = {
         "name": "expert_load",

@@ -65,7 +65,7 @@ forked.main()
 """
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("victim", ["run", "server", "both", "asked"])
 def test_a_run_that_ends_early_ends_no_other(tmp_path, monkeypatch, victim):
     """Neither does the end of the process that forks them."""

@@ -59,7 +59,7 @@ def first_and_last(space):
     return [{key: both[end] for key, both in ends.items()} for end in (0, -1)]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_of_an_agent_composes_into_the_values_it_proposes(name):
     sweep = sweep_of(name)
@@ -113,6 +113,7 @@ def said_of(output, course):
     return lines
 
 
+@pytest.mark.thorough
 def test_a_setting_is_chosen_by_its_mean_over_seeds_and_not_by_test_scores(tmp_path):
     lucky = [("mola", 0, 0.8, 0.99, 1.0), ("mola", 1, 0.4, 0.4, 1.0), ("mola", 2, 0.3, 0.3, 1.0)]
     steady = [("lora", 0, 0.6, 0.5, 1.0), ("lora", 1, 0.5, 0.52, 1.0), ("lora", 2, 0.55, 0.54, 1.0)]
@@ -284,7 +285,7 @@ def test_a_search_in_the_wrong_direction_or_with_several_processes_is_refused(
     assert "WORLD_SIZE=2: Optuna would propose different values" in err
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("search", "again"),
     [

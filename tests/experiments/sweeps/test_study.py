@@ -106,6 +106,7 @@ def test_a_stopped_study_resumes(tiny, tmp_path, faked, monkeypatch):
     ]
 
 
+@pytest.mark.thorough
 def test_a_study_says_what_it_does_and_how_to_continue(tiny, tmp_path, faked, monkeypatch, capsys):
     real = Study._train
 
@@ -140,6 +141,7 @@ def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, faked, mon
     assert faked == ["runs/lora/seed-1"]
 
 
+@pytest.mark.thorough
 def test_without_rates_each_method_has_its_default(tiny, tmp_path, faked):
     found = small(tiny, tmp_path, contenders=[Contender("compacter method.r=4")], rates=[])
     found.run()
@@ -148,6 +150,7 @@ def test_without_rates_each_method_has_its_default(tiny, tmp_path, faked):
     assert config.train.lr == petl.method("compacter").lr
 
 
+@pytest.mark.thorough
 def test_the_seed_of_a_run_can_be_that_of_its_method(tiny, tmp_path, faked):
     words = "sparse method.r=1 method.selection_algorithm=none method.init_seed={seed}"
     found = small(tiny, tmp_path, contenders=[Contender(words)], seeds=[0, 3])
@@ -246,7 +249,7 @@ SEEDS = [  # validation scores of three seeds at 1e-4, 1e-3, 1e-2, and the rate 
 ]
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(("scores", "taken"), SEEDS)
 def test_a_rate_is_chosen_by_three_seeds_and_the_lower_of_equals(
     tiny, tmp_path, monkeypatch, caplog, scores, taken
@@ -288,6 +291,7 @@ def test_rates_are_told_apart_by_one_standard_error_of_the_mean(gains, expected)
     assert told_apart(best, dict.fromkeys(best, (0.5, 0.0))) is expected
 
 
+@pytest.mark.thorough
 def test_a_rate_that_was_tried_before_counts_and_runs_with_another_one_are_replaced(
     tiny, tmp_path, scored
 ):

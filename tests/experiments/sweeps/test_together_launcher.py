@@ -139,6 +139,7 @@ def test_trials_of_optuna_train_together(program, tiny, tmp_path, sizes):
     assert len(list(tmp_path.glob("runs/*/scores.json"))) == 2
 
 
+@pytest.mark.thorough
 def test_what_cannot_train_together_is_refused(program, tiny, monkeypatch):
     assert "it is for sweeps (petl train -m)" in program(
         "+method=lora", *tiny.steady, "train.together=2", status=2

@@ -81,7 +81,7 @@ def test_a_drafter_is_trained_written_and_used_behind_lookup(writers, file):
         remove(folder / "drafter")
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("source", ["decode", "answers"])
 def test_a_table_is_filled_and_used_behind_lookup(writers, file, source):
     folder = writers.folder / "lora"

@@ -127,6 +127,7 @@ def test_large_texts_are_no_large_grammars(schema):
     assert allowed(mask, "")[0]
 
 
+@pytest.mark.thorough
 def test_an_answer_that_could_go_on_in_too_many_ways_ends_in_an_error():
     mask = mask_of({"type": "object", "properties": {f"p{i}": {} for i in range(2500)}})
     assert allowed(mask, "") == ["{"]

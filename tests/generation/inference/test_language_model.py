@@ -44,6 +44,7 @@ def test_an_answer_is_what_greedy_decoding_gives(writers, name):
     assert answers(model, "base") == [by_hand(model, "base", p, 12) for p in PROMPTS]
 
 
+@pytest.mark.thorough
 def test_adapters_are_switched_by_name(writers):
     model = writers.load("lora", second="other")
     assert model.names == ["default", "second", "base"]
@@ -116,7 +117,7 @@ def test_a_batch_gives_the_answers_of_single_prompts(writers):
         assert [answer.text for answer in batch] == answers(model, "default")
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["lora", "mola", "t5-lora"])
 def test_prompt_lookup_gives_the_same_answers(writers, name):
     model = writers.load(name)
@@ -132,6 +133,7 @@ def test_prompt_lookup_of_a_batch_is_refused(writers):
         model.answer(ids, Sampling(prompt_lookup=3))
 
 
+@pytest.mark.thorough
 def test_the_pieces_of_a_stream_are_the_answer(writers):
     model = writers.load("lora")
     for seed in range(5):

@@ -47,7 +47,7 @@ def direct(model, path, question):
     return processor.decode(new, skip_special_tokens=True)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_answers_are_those_of_transformers_and_depend_on_the_image(writer, tmp_path, kind):
     model = writer(kind)

@@ -82,7 +82,7 @@ def base_with_adapter(base, model) -> torch.Tensor:
     return logits(model)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_chat_and_serve_answer_alike(small, kind):
     model = load_language_model(small / "mola", weights=kind, drafting="none")

@@ -19,7 +19,7 @@ def evaluate(*words):
     return main.main(["eval", *map(str, words)])
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("task", TASKS)
 def test_scores_on_the_test_file_are_those_of_the_run(kept_run, families, task, tmp_path, capsys):
     run, out = kept_run(task), tmp_path / "out"

@@ -96,6 +96,7 @@ def test_other_columns_and_several_files(kept_run, tmp_path):
             predict(run, files, tmp_path / "out.jsonl", word)
 
 
+@pytest.mark.thorough
 def test_answers_may_be_longer_than_those_that_were_scored(kept_run, tmp_path):
     run = kept_run("seq2seq")
     (tmp_path / "in.jsonl").write_text('{"text": "the cat"}\n')

@@ -72,7 +72,7 @@ def expected(run, k, margin=None, skip=0):
     return found
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
@@ -89,6 +89,7 @@ def test_negatives_are_the_nearest_texts_that_are_no_positives(run, words, optio
     assert 0 < len(wanted) <= len(PAIRS)
 
 
+@pytest.mark.thorough
 def test_columns_may_be_called_otherwise(run, words, tmp_path, capsys):
     wanted = written(words)
     renamed = {"text": "body", "query": "asked", "positive": "answer"}
@@ -109,6 +110,7 @@ def test_columns_may_be_called_otherwise(run, words, tmp_path, capsys):
     assert "is a folder of texts" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_vectors_of_a_file_and_a_merged_model_have_the_same_negatives(run, words, tmp_path):
     wanted = written(words)
     file = tmp_path / "vectors.npy"

@@ -50,6 +50,7 @@ def test_the_result_is_that_of_the_function(name, writers, texts, tmp_path, caps
     )
 
 
+@pytest.mark.thorough
 def test_the_bundled_texts_are_measured_without_a_file(writers, capsys):
     assert main(["eval", str(writers.folder / "lora"), "--retain"]) == 0
     assert "perplexity" in capsys.readouterr().out
@@ -78,6 +79,7 @@ def test_a_run_gets_the_measure_once(kept_run, texts, tmp_path):
     assert json.loads((run / "scores.json").read_text()) == scores
 
 
+@pytest.mark.thorough
 def test_a_chat_adapter_reads_plain_text_without_its_template(families, texts, tmp_path, capsys):
     words = families("causal_lm", "+method=lora", "train.steps=2")
     run = train([*words, "train.linear_probe=false"], tmp_path / "run").path

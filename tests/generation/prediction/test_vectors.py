@@ -39,6 +39,7 @@ def run(request, families, tmp_path_factory):
     return train([*words, *more], tmp_path_factory.mktemp("run") / "run")
 
 
+@pytest.mark.thorough
 def test_the_merged_folder_has_equal_vectors_in_sentence_transformers(run, tmp_path):
     st = pytest.importorskip("sentence_transformers")
     merge(find(run.path), tmp_path / "merged", None)
@@ -70,7 +71,7 @@ def test_the_tokenizer_beside_an_onnx_graph_gives_the_vectors_of_the_run(run, tm
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("trains", [False, True])
 def test_layers_behind_the_pooling_are_kept_or_trained(trains, families, tmp_path):
     st = pytest.importorskip("sentence_transformers")
@@ -120,6 +121,7 @@ def test_petls_adapter_loads_into_the_model_of_sentence_transformers(run, famili
     torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_files_with_positives_are_scored(run, tmp_path):
     file = tmp_path / "test.jsonl"
     rows = [{"text": text, "part": text} for text in TEXTS[:3]]
@@ -156,6 +158,7 @@ def test_fewer_bits_are_those_of_sentence_transformers():
     assert quantized(values, "float16").dtype == np.float16
 
 
+@pytest.mark.thorough
 def test_the_command_takes_texts_that_give_the_ranges(run, tmp_path):
     for name, texts in (("texts", TEXTS), ("ranges", ["old dog", "a", "the saw of one"])):
         lines = (json.dumps({"text": text}) for text in texts)

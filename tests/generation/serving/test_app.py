@@ -88,6 +88,7 @@ def test_a_stream_has_the_same_text_in_pieces(client, alone):
     assert (last.choices, last.usage.completion_tokens) == ([], 20)
 
 
+@pytest.mark.thorough
 def test_requests_of_several_adapters_at_the_same_time_answer_as_alone(client, alone):
     jobs = [
         (name, text, 10 + 3 * i)
@@ -165,6 +166,7 @@ def test_answers_follow_a_schema_beside_others_of_any_adapter(client, alone):
     assert plain[0].message.content == alone("lora", "Hi", 200).text
 
 
+@pytest.mark.thorough
 def test_a_stream_follows_a_schema_until_its_limit(client):
     asked = {"model": "lora", "prompt": "a b a b a", "extra_body": {"response_format": AS_POINT}}
     (whole,) = client.completions.create(**asked, max_tokens=200).choices

@@ -71,6 +71,7 @@ def answer(client, body):
     return reply.status_code, [(texts[index], ends[index]) for index in sorted(texts)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "count", [30, pytest.param(2000, marks=[pytest.mark.thorough, pytest.mark.timeout(900)])]
 )

@@ -86,6 +86,7 @@ def test_requests_of_several_adapters_share_passes_and_answer_as_alone(writers, 
     assert lane.passes.count < sum(len(pieces_of(each)) for each in requests) / 2
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_rows_that_join_and_leave_get_the_logits_of_a_cache_that_concatenates():
     config = LlamaConfig(
@@ -128,6 +129,7 @@ def test_rows_that_join_and_leave_get_the_logits_of_a_cache_that_concatenates():
     step(caches, 1, 2, torch.nn.functional.pad(mask, (0, 2), value=1))
 
 
+@pytest.mark.thorough
 def test_a_method_without_mixed_batches_has_a_lane_for_each_adapter(writers, tmp_path):
     llama = writers.folder / "llama"
     for seed, name in enumerate(["first", "second"]):

@@ -45,7 +45,7 @@ def written(lane, requests):
     return [[(p.text, p.tokens, p.finish) for p in each.emit.__self__] for each in requests]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "adapter", "choice"),
     [

@@ -48,7 +48,7 @@ def request(each, prompt, tokens):
     return made, pieces
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", SOME_KINDS)
 def test_requests_share_passes_and_answer_as_alone(served, kind):
     """Of images of other sizes, of several, and of text alone; each joins after another one."""
@@ -141,6 +141,7 @@ def test_a_text_with_the_mark_of_an_image_is_refused(client):
     assert ask(client, data_url("red")).status_code == 200
 
 
+@pytest.mark.thorough
 def test_a_request_is_bounded_in_bytes(client):
     part = {"type": "image_url", "image_url": {"url": "data:," + "A" * 2**25}}
     messages = [{"role": "user", "content": [part] * 3}]

@@ -77,7 +77,7 @@ def same(reply: dict) -> dict:
     return {key: value for key, value in reply.items() if key not in ("id", "created")}
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["llama", "lora", "other"])
 def test_greedy_answers_of_each_adapter_are_those_of_petl(llama, own, name):
     for body in (

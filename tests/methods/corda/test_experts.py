@@ -115,7 +115,7 @@ def test_split_experts_add_up_and_the_model_is_unchanged(name):
     torch.testing.assert_close(restored(IDS).logits, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_adapter_is_a_lora_of_the_original_experts(name, tmp_path):
     model = wrap(name, target_modules="block-linear").eval()
@@ -174,7 +174,7 @@ def moments_of_few(data) -> dict[int, Tensor]:
     return found
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("bound", [10_000, 40_000])
 def test_less_memory_for_covariances_changes_nothing(bound, tmp_path):
     one = wrap("gpt_oss")

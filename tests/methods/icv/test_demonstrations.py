@@ -138,6 +138,7 @@ def test_auto_takes_the_best_strength_on_held_out_rows(families, tmp_path):
     assert saved["strength"] == float(best)
 
 
+@pytest.mark.thorough
 def test_vectors_that_train_start_at_the_demonstrations(families, tmp_path):
     fixed = train(chat(families, "train.score_before=false"), tmp_path / "fixed")
     words = ("method.train=true", "train.steps=2", "train.score_before=false", "train.lr=1e-5")
@@ -148,6 +149,7 @@ def test_vectors_that_train_start_at_the_demonstrations(families, tmp_path):
         torch.testing.assert_close(trained.adapter[key], tensor, atol=1e-4, rtol=0)
 
 
+@pytest.mark.thorough
 def test_two_columns_of_other_data_can_be_the_demonstrations(families, tmp_path):
     other = [
         "+data@method.calibration_data.data=files",
@@ -160,6 +162,7 @@ def test_two_columns_of_other_data_can_be_the_demonstrations(families, tmp_path)
     assert len(run.adapter) == 2
 
 
+@pytest.mark.thorough
 def test_a_plan_has_no_pass_of_training(families):
     found = plan_run(compose(chat(families)))
     assert (found.length.steps, found.memory.pass_, found.time) == (0, None, None)

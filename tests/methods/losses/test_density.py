@@ -322,6 +322,7 @@ def test_trainer_with_accumulation_counts_the_term_once(tmp_path, name, callback
     assert_same(found, expected)
 
 
+@pytest.mark.thorough
 def test_sft_trainer_counts_the_term_under_its_own_loss_and_checkpointing(tmp_path):
     ids = batch_of("llama-relu", 4)["input_ids"]
     rows, options = {"input_ids": ids, "labels": ids}, {"processing_class": byte_tokenizer()}

@@ -204,6 +204,7 @@ def test_ppl_sparsity_follows_from_its_thresholds():
         last = found["sparsity"]
 
 
+@pytest.mark.thorough
 def test_thresholds_agree_with_a_search_over_a_grid():
     """The published search tries quantiles; the largest valid value of a fine grid must agree."""
     data = [batch_of("llama-relu", 4)]
@@ -221,6 +222,7 @@ def test_thresholds_agree_with_a_search_over_a_grid():
     assert abs(max(fits, default=0.0) - found["thresholds"][name]) <= top / 200 * 1.5
 
 
+@pytest.mark.thorough
 def test_activations_beyond_the_memory_bound_are_recomputed(monkeypatch):
     data = [batch_of("llama-relu", 4)]
     model = trained(lora(llama()), data[0])
@@ -287,6 +289,7 @@ def test_a_run_reports_metrics_before_and_after(tiny, tmp_path):
     assert petl.load(BertForSequenceClassification(config), run.path / "adapter")
 
 
+@pytest.mark.thorough
 def test_a_language_model_has_both_metrics_in_the_file_the_table_and_petl_eval(
     tiny, tmp_path, capsys
 ):
@@ -337,6 +340,7 @@ def test_metrics_use_the_same_padding_on_any_number_of_processes(processes, monk
     assert sorted(chain.from_iterable(fractions)) == sorted(batches_of(0, 1))
 
 
+@pytest.mark.thorough
 def test_metrics_are_computed_in_the_precision_of_the_run(tiny, tmp_path):
     """A bf16 model has a float32 head, which needs autocast."""
     short = ["train.steps=1", "model.dtype=bfloat16"]

@@ -79,6 +79,7 @@ def test_lora_keeps_each_distinct_input_once(name):
     assert kept == shape.kept_by_lora * shape.tokens * shape.layers + inner
 
 
+@pytest.mark.thorough
 def test_kernels_of_mola_do_not_depend_on_the_number_of_experts():
     bench, mola = Bench(TINY_LLAMA), row("mola 8/2")
     counts = [

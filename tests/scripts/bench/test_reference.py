@@ -12,6 +12,7 @@ from tiny_shapes import TINY
 CHECKED = [row for row in contenders() if (row.is_own or row.theirs) and not row.elsewhere]
 
 
+@pytest.mark.cells(10)
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("row", CHECKED, ids=lambda row: row.name)
 def test_a_step_equals_its_dense_reference(row, name):

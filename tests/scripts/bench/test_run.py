@@ -68,6 +68,7 @@ def test_a_row_with_an_error_has_no_values(monkeypatch):
     assert not others[1].counts
 
 
+@pytest.mark.thorough
 def test_the_file_section_counts_bytes_and_merges_what_merges():
     lora, mola = records("file", "lora", "mola")
     assert lora.counts["bytes"] > lora.counts["bytes"] / lora.counts["bytes / information"]
@@ -196,6 +197,7 @@ def test_a_model_of_the_configurations_can_be_a_shape():
         shapes.hydra_shape("vit_random")
 
 
+@pytest.mark.thorough
 def test_a_method_without_a_dense_reference_is_measured_with_a_note(pair_method):
     floor, lora, pair = records("step", "test_pair")
     assert (lora.note, pair.note) == ("", "no dense reference")
@@ -286,6 +288,7 @@ def test_a_compiled_step_is_timed_relative_to_the_eager_one():
         assert record.facts["seconds to compile"] > 0
 
 
+@pytest.mark.thorough
 def test_the_watch_section_compares_steps_with_and_without_it():
     (record,) = records("watch")
     assert record.ratios["watched / not"].median > 0

@@ -96,7 +96,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return files
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize("first", ORDERS.values(), ids=ORDERS)
 def test_peft_loads_an_adapter_of_petl_in_a_fresh_process(first, saved):
     code = f"import sys; assert 'peft' not in sys.modules\n{first}\n{LOAD}"

@@ -76,6 +76,7 @@ def test_a_name_that_is_taken_names_both(site, caplog):
     assert "choose another name for peft.tuners.lora.config.LoraConfig" in message
 
 
+@pytest.mark.thorough
 def test_plugins_are_imported_with_peft_and_not_with_petl(site):
     write(site, "guest_lazy", "import petl; print('loaded')")
     code = "import sys, petl; print(*sys.modules); print('---'); import peft"

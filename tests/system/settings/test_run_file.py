@@ -47,7 +47,7 @@ def test_the_settings_of_a_run_come_back(tmp_path, words):
     assert len(hydra_words([str(file)])) <= len(words) + 4, "only what differs is a word"
 
 
-@pytest.mark.cells(10)
+@pytest.mark.cells(4)
 @pytest.mark.parametrize("method", options_of("method"))
 def test_every_method_comes_back(tmp_path, method):
     settings = composed([f"+method={method}"])

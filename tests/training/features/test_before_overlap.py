@@ -31,6 +31,7 @@ def test_a_test_set_of_training_rows_is_refused_before_the_model_is_loaded(
     assert not (tmp_path / "run/adapter").exists()
 
 
+@pytest.mark.thorough
 def test_it_is_counted_everywhere_if_it_is_allowed(leaking, tmp_path, capsys, petl_log):
     words = [*leaking, "data.allow_overlap=true"]
     run = train(words, tmp_path / "run")
@@ -52,6 +53,7 @@ def test_near_rows_are_counted_on_request():
     assert TrainingInputs(train, 0.95).compare(test).near == 0
 
 
+@pytest.mark.thorough
 def test_a_run_counts_near_rows(leaking, tmp_path):
     pytest.importorskip("datasketch", reason="pip install 'petl-peft[near]'")
     words = [*leaking, "data.allow_overlap=true", "data.near_duplicates=0.5"]

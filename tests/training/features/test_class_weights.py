@@ -128,7 +128,7 @@ def test_a_run_with_balanced_rows_reads_the_rare_class_more_often(rare, tmp_path
     assert run.metrics[0]["loss"] != plain.metrics[0]["loss"]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["token_classification", "multi_label"])
 def test_other_tasks_with_classes_have_weights(families, tmp_path, task):
     words = families(task, "+method=lora", "train.steps=1", "train.eval_steps=null")

@@ -130,6 +130,7 @@ def test_what_is_trained_further_is_the_grown_ranks(tmp_path):
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_of_a_packed_adapter_training_starts_at_its_codes_and_says_so(tmp_path, recwarn):
     expected = saved({"name": "binary", "inner": "lora"}, tmp_path / "saved")
     model = started(tmp_path / "saved")
@@ -309,6 +310,7 @@ def test_an_adapter_of_a_language_model_starts_a_classifier(tiny, tmp_path, petl
     assert any("the task head is new, since that adapter has none" in m for m in petl_log.messages)
 
 
+@pytest.mark.thorough
 def test_a_run_on_another_model_is_refused_by_its_name(tiny, tmp_path):
     first = train([*tiny.steady, "+method=lora"], tmp_path / "first")
     with pytest.raises(

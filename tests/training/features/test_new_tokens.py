@@ -58,6 +58,7 @@ def test_a_saved_run_scores_as_it_did(run):
     assert score(find(run.path)) == pytest.approx(run.scores["after"], rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_goes_on_to_the_bit(tiny, run, tmp_path):
     stopped = stopped_before(run, tmp_path / "stopped", "step_000004")
     words = [*tiny.complete, "+method=mola", SETTING, *STEPS, f"train.resume={stopped.path}"]
@@ -99,6 +100,7 @@ def test_an_adapter_without_a_row_for_its_token_is_refused(run, tmp_path):
         find(copied).model()
 
 
+@pytest.mark.thorough
 def test_it_generates_merges_and_is_refused_beside_others(run, tiny, tmp_path):
     plain = train([*tiny.complete, "+method=mola"], tmp_path / "plain")
     answer = load_language_model(run.path)
@@ -155,6 +157,7 @@ def test_a_classifier_with_new_tokens_trains(tiny, tmp_path, words, petl_log):
     assert "has of already" in petl_log.text
 
 
+@pytest.mark.thorough
 def test_a_run_starts_from_rows_of_another(tiny, run, tmp_path):
     words = [*tiny.complete, SETTING, f"train.init_from={run.path}", "train.lr=1e-9"]
     again = train(words, tmp_path / "again")
@@ -162,6 +165,7 @@ def test_a_run_starts_from_rows_of_another(tiny, run, tmp_path):
         torch.testing.assert_close(again.adapter[name], tensor, atol=1e-6, rtol=0)
 
 
+@pytest.mark.thorough
 def test_rows_do_not_decay(tiny, tmp_path):
     """A row that no step reads keeps its value, whatever the decay of weights."""
     words = [*tiny.steady, "+method=lora", 'data.new_tokens=["gnu"]', "train.weight_decay=1"]

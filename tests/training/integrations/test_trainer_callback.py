@@ -99,7 +99,7 @@ def by_hand(model: PeftModel, data: Dataset, *, accumulation: int) -> dict[str, 
 # Trainer
 
 
-@pytest.mark.cells(3)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     ("name", "accumulation"), [*((name, 2) for name in FIELDS), ("lora", 1), ("mola", 1)]
 )
@@ -420,6 +420,7 @@ def test_fp16_loss_scaling_with_an_auxiliary_loss_is_refused():
 # Retained texts
 
 
+@pytest.mark.thorough
 def test_retained_texts_are_measured_at_evaluations_and_at_the_end(tmp_path):
     texts = [f"{'a plain sentence ' * (1 + n % 3)}{n}" for n in range(9)]
     plain, model, tokenizer = (

@@ -136,6 +136,7 @@ def test_a_file_of_ranks_that_no_run_writes_is_refused(changed, tmp_path):
         ranks_file.read_ranks(tmp_path)
 
 
+@pytest.mark.thorough
 def test_names_of_blocks_cannot_add_to_a_page(tmp_path, run):
     folder = shutil.copytree(run.path, tmp_path / "run")
     evil = {**BLOCK, "path": "<script>alert(1)</script>.0", "rank": None}

@@ -148,6 +148,7 @@ def test_a_resumed_run_keeps_what_its_start_had_lost(families, texts, tmp_path, 
     assert "retained_at_start" not in train([*words, *AS_THE_BASE], tmp_path / "base").scores
 
 
+@pytest.mark.thorough
 def test_a_limit_is_measured_in_a_short_run_too(families, texts, tmp_path):
     words = families("causal_lm", "+method=lora", "train.linear_probe=false", texts)
     run = train([*words, "retain.limit=5"], tmp_path / "run")
@@ -167,6 +168,7 @@ def test_a_run_that_stored_frozen_blocks_pays_for_fewer_texts(k, passes, kept):
     assert len(own.rows) == kept
 
 
+@pytest.mark.thorough
 def test_a_short_run_does_not_pay_for_texts(families, tmp_path, petl_log):
     words = families("causal_lm", "+method=lora", "train.linear_probe=false")
     run = train(words, tmp_path / "run")  # by default
@@ -240,7 +242,7 @@ def test_the_best_checkpoint_is_the_best_within_the_limit(
     assert 'class="alarm"' in (none.path / "report.html").read_text()
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "task", ["causal_lm", pytest.param("seq2seq", marks=pytest.mark.thorough), "regression"]
 )
@@ -305,6 +307,7 @@ def test_a_text_is_replayed_or_measured_never_both(tmp_path):
     assert min(len(one), len(other)) > 0
 
 
+@pytest.mark.thorough
 def test_long_texts_of_other_data_are_measured_in_passages(families, tmp_path):
     (tmp_path / "play.jsonl").write_text(json.dumps({"text": "\n".join(TEXTS)}))
     words = families("causal_lm", "+method=lora", "train.linear_probe=false", "retain.rows=9")
@@ -314,7 +317,7 @@ def test_long_texts_of_other_data_are_measured_in_passages(families, tmp_path):
     assert run.scores["retained"]["rows"] == 9
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["causal_lm", "regression"])
 def test_long_texts_are_cut_to_the_positions_of_the_model(task, families, tmp_path, petl_log):
     file, sizes = tmp_path / "long.jsonl", {"n_embd": 32, "n_layer": 1, "n_head": 2}
@@ -333,7 +336,7 @@ def test_long_texts_are_cut_to_the_positions_of_the_model(task, families, tmp_pa
     assert run.scores["retained"]["rows"] == (12 if task == "regression" else 6)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("steps", "rows"), [(4, None), (200, None), (4, 5)])
 def test_images_are_measured_where_a_run_pays_for_them(steps, rows, pictures, tmp_path, petl_log):
     other = ["+data@retain.data=image_folder", f"retain.data.train={pictures}"]

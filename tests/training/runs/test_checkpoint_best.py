@@ -66,7 +66,7 @@ def test_the_best_evaluation_has_a_checkpoint_whatever_save_steps_is(tiny, tmp_p
     assert_holds(run, 2)
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("keep", "accuracies", "step", "best"),
     [
@@ -106,6 +106,7 @@ def stop_and_damage(tiny, folder, monkeypatch, accuracies, settings=COURSE):
     return common
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_drops_a_damaged_best_and_evaluates_again(
     tiny, tmp_path, monkeypatch, petl_log
 ):
@@ -118,6 +119,7 @@ def test_a_resumed_run_drops_a_damaged_best_and_evaluates_again(
     )
 
 
+@pytest.mark.thorough
 def test_patience_is_counted_from_the_best_remaining_one(tiny, tmp_path, monkeypatch):
     settings = [*COURSE, "train.steps=9", "train.early_stopping=3"]
     accuracies = [0.9, 0.5, 0.4, 0.3, 0.2, 0.1]

@@ -84,7 +84,7 @@ def assert_equal_runs(one: Finished, other: Finished) -> None:
     assert one.scores["tokens"] == other.scores["tokens"]
 
 
-@pytest.mark.cells(3)
+@pytest.mark.cells(2)
 @pytest.mark.parametrize(
     "choice",
     [
@@ -135,7 +135,7 @@ def assert_resumes(undisturbed, tiny, folder, step):
     assert noted == str(folder / "checkpoints" / before[-1])
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("place", "name", "call", "step"),
     [
@@ -197,6 +197,7 @@ def test_kill_minus_nine_in_a_write_costs_no_checkpoint(
     assert not list((tmp_path / "run").rglob(".unfinished-*"))
 
 
+@pytest.mark.thorough
 def test_a_disk_that_fills_up_ends_the_run_and_it_resumes_bit_exactly(
     undisturbed, tiny, tmp_path, monkeypatch
 ):
@@ -260,6 +261,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_it_resumes_bit_exactly(
 ADALORA = ["+method=adalora", "method.tinit=2", "method.tfinal=3", "method.deltaT=2"]
 
 
+@pytest.mark.thorough
 def test_a_method_whose_state_a_checkpoint_cannot_hold_says_so(
     tiny, tmp_path, monkeypatch, petl_log
 ):
@@ -430,6 +432,7 @@ def test_a_checkpoint_of_another_method_or_model_says_so_first(stopped, tiny):
         resume(stopped, f"model.path={tiny.folder}/steady")
 
 
+@pytest.mark.thorough
 def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
     tiny, tmp_path, monkeypatch, petl_log
 ):
@@ -475,6 +478,7 @@ def test_a_path_without_a_checkpoint_is_refused(stopped, tmp_path, where):
         resume(stopped, f"train.resume={tmp_path}/{where}")
 
 
+@pytest.mark.thorough
 def test_a_finished_run_is_not_resumed(stopped):
     run, common = stopped
     resume(stopped)
@@ -485,6 +489,7 @@ def test_a_finished_run_is_not_resumed(stopped):
         train([*common, "train.resume=auto"], run)
 
 
+@pytest.mark.thorough
 def test_auto_says_that_a_run_of_these_settings_is_finished(tiny, tmp_path):
     """Without `train.run`: the command ends with status 0, and begins no second run."""
     words = [*tiny.classify, "+method=lora", f"train.output={tmp_path}/runs", "train.resume=auto"]
@@ -496,6 +501,7 @@ def test_auto_says_that_a_run_of_these_settings_is_finished(tiny, tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.thorough
 def test_auto_without_anything_to_resume_starts_anew(tiny, tmp_path):
     common = [*tiny.classify, "+method=lora"]
     straight = train(common, tmp_path / "straight")

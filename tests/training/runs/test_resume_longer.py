@@ -54,6 +54,7 @@ def lines(run):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in run.metrics]
 
 
+@pytest.mark.thorough
 def test_a_finished_run_trained_further_equals_one_longer_run(tiny, copied, longer, petl_log):
     resumed = further(tiny, copied)
     assert lines(resumed) == lines(longer)
@@ -68,7 +69,7 @@ def test_a_finished_run_trained_further_equals_one_longer_run(tiny, copied, long
     assert "14 steps" in (copied / "report.html").read_text()
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
@@ -120,7 +121,7 @@ def killed_at(monkeypatch, step, overrides, folder):
 RESULTS = ["config.yaml", "scores.json", "adapter/adapter_model.safetensors", "report.html"]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("step", [7, 11])
 def test_a_kill_while_training_further_leaves_the_earlier_results(
     tiny, copied, short, longer, monkeypatch, step
@@ -135,7 +136,7 @@ def test_a_kill_while_training_further_leaves_the_earlier_results(
     assert resumed.scores["after"] == longer.scores["after"]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["_save", "_describe"])
 def test_a_kill_while_the_longer_result_is_written_is_made_good(tiny, copied, monkeypatch, place):
     def killing(*_):
@@ -159,6 +160,7 @@ def test_a_stopped_run_may_be_made_longer_too(tiny, tmp_path, monkeypatch):
     assert lines(resumed) == lines(longer)
 
 
+@pytest.mark.thorough
 def test_a_finished_run_that_is_named_goes_on_with_more_steps(tiny, copied, short):
     words = [*tiny.classify, *CONSTANT, *COURSE, "train.resume=auto"]
     with pytest.raises(JobSkipped, match="is finished"):

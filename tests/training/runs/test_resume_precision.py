@@ -75,6 +75,7 @@ def test_auto_computes_as_the_precision_that_it_chooses(tiny, tmp_path, machine,
         assert (torch.bfloat16 in seen) is has_bf16
 
 
+@pytest.mark.thorough
 def test_a_job_of_a_sweep_is_finished_whatever_auto_was(tiny, tmp_path, machine):
     common = [*tiny.classify, "+method=lora", "train.steps=1", AUTO]
     machine(has_bf16=True)
@@ -88,6 +89,7 @@ def test_a_job_of_a_sweep_is_finished_whatever_auto_was(tiny, tmp_path, machine)
     assert finished_run(str(tmp_path / "runs"), other) is None
 
 
+@pytest.mark.thorough
 def test_a_folder_without_checkpoint_starts_again_with_the_precision_of_this_machine(
     tiny, tmp_path, machine
 ):

@@ -94,7 +94,7 @@ def jobs_of(make, method: str, fields: dict[str, Any], rate: float = 1e-3) -> li
     ]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("build", "bound"), [(tiny_llama, 0), (tiny_qwen3_moe, 2e-6)])
 def test_adapters_on_rows_of_one_length_equal_their_own_training(build, bound):
     """Three at a time, of five that end at different steps, with dropout of each."""
@@ -115,7 +115,7 @@ def test_adapters_on_rows_of_one_length_equal_their_own_training(build, bound):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("build", "attention"), [(tiny_bert, "sdpa"), (tiny_t5, "eager")])
 def test_dropout_in_the_base_is_that_of_each_adapter_to_the_bit(build, attention):
     """Masks of an adapter's rows come from its own generator, as in a pass of its own."""
@@ -172,7 +172,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.cells(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_rows_heads_and_other_families_equal_their_own_training(family):
     build, make, task_type = FAMILIES[family]
@@ -189,7 +189,7 @@ def test_padded_rows_heads_and_other_families_equal_their_own_training(family):
         assert difference(tensors, trained) < 1e-5
 
 
-@pytest.mark.cells(2)
+@pytest.mark.cells(1)
 @pytest.mark.parametrize(
     ("method", "fields"),
     [
@@ -280,6 +280,7 @@ def test_a_score_that_is_undefined_is_the_worst():
     assert [(one.score, one.best_step) for one in found] == [(1.0, 4), (None, None), (2.0, 6)]
 
 
+@pytest.mark.thorough
 def test_a_trained_adapter_saves_and_loads_alone(tmp_path):
     base = tiny_bert()
     jobs = jobs_of(class_batch, "lora", {**LORA, "task_type": "SEQ_CLS"})[:2]
@@ -292,6 +293,7 @@ def test_a_trained_adapter_saves_and_loads_alone(tmp_path):
             torch.testing.assert_close(loaded(**batch).logits, each.model(**batch).logits)
 
 
+@pytest.mark.thorough
 def test_without_a_number_small_steps_share_a_pass(monkeypatch):
     """About 512 tokens in a pass: 15 batches of 4 x 8 tokens, so all five jobs at once."""
     sizes = []

@@ -104,6 +104,7 @@ def test_the_metric_of_a_sweep_is_logged_by_runs(tracked, path):
     assert metric in summary(file)
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_keeps_its_id_and_its_last_file_has_the_complete_history(
     tiny, tmp_path, petl_log, capsys
 ):
@@ -185,6 +186,7 @@ def test_an_error_of_wandb_ends_the_run_with_one_line(tmp_path, monkeypatch):
 # TensorBoard
 
 
+@pytest.mark.thorough
 def test_tensorboard_has_metrics_plots_and_configuration(tiny, tmp_path):
     method = ["+method=increlora", "method.target_r=2", "tracker=tensorboard"]
     run = train([*tiny.classify, *method, *LOGGING], tmp_path / "run")

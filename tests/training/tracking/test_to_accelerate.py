@@ -164,6 +164,7 @@ def test_a_server_that_is_not_there_refuses_the_run_in_one_line(tmp_path, monkey
 # Trackio
 
 
+@pytest.mark.thorough
 def test_trackio_has_one_run_with_metrics_and_tables(tiny, tmp_path, capsys):
     pytest.importorskip("trackio", reason="pip install 'petl-peft[trackio]'")
     from trackio.sqlite_storage import SQLiteStorage
