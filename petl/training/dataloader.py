@@ -37,7 +37,7 @@ from petl.data.overlap import Overlap, TrainingInputs
 from petl.data.tasks import SET
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
-from petl.data.tasks.encoding_cache import encode_once
+from petl.data.tasks.encoding_cache import encode_once, values_of
 from petl.data.validation import FaultyRow
 from petl.errors import InputError
 from petl.system.processes import endings_blocked, ignore_foreign_signals
@@ -573,7 +573,9 @@ def warn_about_labels(task: Task, splits: Mapping[str, Dataset | None]) -> None:
     """
     if not isinstance(task, SingleLabelTask) and task.name != REGRESSION:
         return
-    labels = {name: np.asarray(rows["labels"]) for name, rows in splits.items() if rows}
+    labels = {
+        name: np.asarray([*values_of(rows, "labels")]) for name, rows in splits.items() if rows
+    }
     present = {name: np.unique(values) for name, values in labels.items()}
     for name, values in present.items():
         if len(values) == 1:

@@ -21,6 +21,7 @@ TITLES = {
     "serve": "a batch with several adapters, relative to the base model",
     "together": "training several adapters in one pass, relative to a pass for each of them",
     "scale": "growth of the cost",
+    "growth": "rows of data and runs, processor seconds",
     "compile": "training step with torch.compile, relative to without",
     "merge": "merged tokens, relative to all tokens",
     "unet": "tuners of skip connections, relative to LoRA of rank 8 on attention",

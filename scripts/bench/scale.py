@@ -1,4 +1,4 @@
-"""Section `scale`: growth of the cost of a step with layers, tokens, rank, experts and density.
+"""Section `scale`: growth of a step with layers, width, tokens, rank, experts and density.
 
 The exponent p of a cost is its slope in a log-log plot: doubling the size multiplies the cost by
 2^p. A time with a larger exponent than the FLOPs grows faster than the arithmetic.
@@ -39,6 +39,7 @@ class Axis:
 RANKS = {"r": int, "init_r": lambda r: r - 1, "target_r": int}  # IncreLoRA grows by one rank to it
 AXES = (
     Axis("layers", (2, 4, 8)),
+    Axis("width", (192, 384, 768)),
     Axis("tokens", (16, 128, 512, 2048)),
     Axis("rank", (8, 16, 32, 64), RANKS),
     Axis("experts", (2, 4, 8, 16), {"num_experts": int}),
@@ -80,9 +81,10 @@ def _record(axis: Axis, row: Contender, shape: Shape, rounds: int) -> Record:
 
 
 def sized(shape: Shape, axis: str, value: int) -> Shape:
-    """Return the shape with that many layers or tokens; two layers for other axes.
+    """Return the shape with that many layers or tokens, or that width; two layers for other axes.
 
-    The vocabulary is scaled with the layers, so that the head keeps its fraction of the FLOPs.
+    The vocabulary is scaled with the layers, so that the head keeps its fraction of the FLOPs, and
+    the heads with the width, so that each is as wide.
     """
     if shape.source is not None:
         raise InputError(
@@ -92,7 +94,11 @@ def sized(shape: Shape, axis: str, value: int) -> Shape:
     layers = value if axis == "layers" else 2
     vocabulary = max(512, shape.vocabulary * layers // shape.layers)
     length = max(1, value // shape.rows) if axis == "tokens" else shape.length
-    return replace(shape, layers=layers, vocabulary=vocabulary, length=length)
+    sizes = {"layers": layers, "vocabulary": vocabulary, "length": length}
+    if axis == "width":
+        names = ("hidden", "heads", "kv_heads", "ff")
+        sizes |= {name: getattr(shape, name) * value // shape.hidden for name in names}
+    return replace(shape, **sizes)
 
 
 def short(shape: Shape) -> Shape:

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _BaseAutoModelClass as AutoModelClass
 
 from petl.data.tasks import NEW_TOKENS
-from petl.data.tasks.encoding_cache import Columns, encode_once
+from petl.data.tasks.encoding_cache import Columns, encode_once, sizes_of
 from petl.data.tasks.scores import LOSSES
 from petl.data.validation import Row
 from petl.errors import InputError
@@ -300,7 +300,7 @@ class Task(Vocabulary, ABC, Generic[P]):
 
     def lengths(self, rows: Dataset) -> list[int]:
         """The length of each encoded row, in `unit`."""
-        return [len(ids) for ids in rows["input_ids"]]
+        return sizes_of(rows, "input_ids")
 
     def count(self, batch: Batch) -> int:
         """The size of a batch in `unit`, without padding. The batch must be on the CPU."""

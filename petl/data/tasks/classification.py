@@ -31,6 +31,7 @@ from petl.data.tasks.base import (
     rounded,
     sums_dtype,
 )
+from petl.data.tasks.encoding_cache import values_of
 from petl.system.values import field, integer
 
 MAX_LISTED = 100  # classes, up to which a prediction has the probability of each
@@ -76,7 +77,8 @@ class SingleLabelTask(ClassTask[P], ABC):
 
     def label_counts(self, rows: Dataset) -> dict[str, int]:
         """Number of rows of each class."""
-        counts = np.bincount(np.asarray(rows["labels"], dtype=int), minlength=len(self.classes))
+        labels = np.asarray([*values_of(rows, "labels")], dtype=int)
+        counts = np.bincount(labels, minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
 
     def items(self, batch: Batch) -> int:

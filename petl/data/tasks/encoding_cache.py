@@ -1,15 +1,16 @@
-"""A cache of encoded rows on disk, by the hash of everything that they depend on."""
+"""A cache of encoded rows on disk, by the hash of everything that they depend on; their columns."""
 
 import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import datasets
+import pyarrow.compute
 import tokenizers
 import transformers
 from datasets import Dataset, Features
@@ -34,6 +35,7 @@ OUTSIDE_BACKEND = (
     "tgt_lang",
 )
 Columns = dict[str, list[Any]]
+AT_ONCE = 1000  # rows that are read together: alone each takes 40 microseconds
 FORMAT = 5  # increment when the meaning of encoded rows changes
 logger = logging.getLogger(__name__)
 
@@ -171,3 +173,19 @@ def without_progress_bars() -> Generator[None]:
     finally:
         if not were_off:
             datasets.enable_progress_bars()
+
+
+# Columns
+
+
+def values_of(rows: Dataset, name: str) -> Iterator[Any]:
+    """Yield the values of a column."""
+    for part in rows.select_columns(name).iter(AT_ONCE):
+        yield from part[name]  # ty: ignore[invalid-argument-type]
+
+
+def sizes_of(rows: Dataset, name: str) -> list[int]:
+    """Return the lengths of the lists in a column."""
+    parts = rows.select_columns(name).with_format("arrow").iter(AT_ONCE)
+    sizes = (pyarrow.compute.list_value_length(part[name]).to_pylist() for part in parts)
+    return [size for part in sizes for size in part]

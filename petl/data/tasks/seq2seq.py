@@ -2,6 +2,7 @@
 
 from abc import ABC
 from dataclasses import dataclass, replace
+from operator import add
 from typing import ClassVar
 
 from datasets import Dataset
@@ -23,6 +24,7 @@ from petl.data.tasks.base import (
     source_numbers,
     summed_loss,
 )
+from petl.data.tasks.encoding_cache import sizes_of
 from petl.system.values import field, integer
 
 
@@ -41,8 +43,7 @@ class PairTask(WritingTask[P], ABC):
 
     def lengths(self, rows: Dataset) -> list[int]:
         """Number of tokens of text and target together."""
-        pairs = zip(rows["input_ids"], rows["labels"], strict=True)
-        return [len(ids) + len(labels) for ids, labels in pairs]
+        return [*map(add, sizes_of(rows, "input_ids"), sizes_of(rows, "labels"))]
 
     def count(self, batch: Batch) -> int:
         """Number of tokens of texts and targets, without padding."""

@@ -35,6 +35,7 @@ from petl.data.tasks.base import (
     sums_dtype,
 )
 from petl.data.tasks.classification import ClassTask, macro_f1
+from petl.data.tasks.encoding_cache import values_of
 from petl.system.values import field, integer
 
 
@@ -100,7 +101,7 @@ class TokenClassification(ClassTask[PreTrainedTokenizerBase]):
 
     def label_counts(self, rows: Dataset) -> dict[str, int]:
         """Number of words of each class."""
-        occurrences = Counter(label for labels in rows["labels"] for label in labels)
+        occurrences = Counter(label for labels in values_of(rows, "labels") for label in labels)
         return {name: occurrences[i] for i, name in enumerate(self.classes)}
 
     def items(self, batch: Batch) -> int:

@@ -42,6 +42,7 @@ from petl.data.tasks.base import (
     pad_id,
     rounded,
 )
+from petl.data.tasks.encoding_cache import values_of
 from petl.data.tasks.regression import correlation, ranks
 from petl.data.tasks.retrieval.base_folder import LENGTHS, Folder, folder_files
 from petl.data.tasks.retrieval.dense import NAME, DenseLayers
@@ -350,7 +351,7 @@ class Retrieval(TextTask):
 
     def lengths(self, rows: Dataset) -> list[int]:
         """The length of the longest text of each row."""
-        return [max(sizes) for sizes in rows["sizes"]]
+        return [max(sizes) for sizes in values_of(rows, "sizes")]
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that pads all texts of the rows into one batch, see `batch_of`."""

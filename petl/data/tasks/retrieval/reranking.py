@@ -34,6 +34,7 @@ from petl.data.tasks.base import (
     pad_id,
     rounded,
 )
+from petl.data.tasks.encoding_cache import values_of
 from petl.data.tasks.own_loss import compute_loss_of
 from petl.data.tasks.regression import correlation, ranks
 from petl.data.tasks.retrieval.base_folder import LENGTHS, MODULES, PROMPTS, module
@@ -222,7 +223,7 @@ class Reranking(TextTask):
     def lengths(self, rows: Dataset) -> list[int]:
         """The tokens of the pairs of each row, with padding."""
         # each pair is padded to the longest
-        return [len(sizes) * max(sizes) for sizes in rows["sizes"]]
+        return [len(sizes) * max(sizes) for sizes in values_of(rows, "sizes")]
 
     def collate(self, tokenizer: PreTrainedTokenizerBase, /, multiple: int = 1) -> Collate:
         """A collate function that pads all pairs of the rows into one batch, see `batch_of`."""
