@@ -350,3 +350,20 @@ def test_blocks_are_of_all_tokens_before_them():
     assert cache.find("a", [*other, 7]) == []
     assert cache.find("b", [*ids, 7]) == []
     assert len(cache.find("a", ids[: 2 * BLOCK] + other[:BLOCK])) == 2
+
+
+def test_the_end_of_a_beginning_goes_before_its_first_block():
+    keys = torch.zeros(1, 1, 3 * BLOCK, 1)
+    behind = SimpleNamespace(layers=[SimpleNamespace(is_initialized=True, keys=keys, values=keys)])
+    ids = [*range(3 * BLOCK)]
+    cache = PrefixCache(3 * 2 * keys.nbytes // 3)
+    cache.add("a", ids, behind, 0, 0)
+    assert len(cache.find("a", [*ids, 7])) == 3
+    # of another prompt, one block: one has to go
+    short = SimpleNamespace(
+        layers=[
+            SimpleNamespace(is_initialized=True, keys=keys[:, :, :BLOCK], values=keys[:, :, :BLOCK])
+        ]
+    )
+    cache.add("b", ids[:BLOCK], short, 0, 0)
+    assert len(cache.find("a", [*ids, 7])) == 2
