@@ -5,6 +5,7 @@ multiplied by s, or the field of its config with the strength (`Method.strength_
 an adapter has, such as a trained head, stays as it is.
 """
 
+import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from petl.core.spec.facts import facts_of
 from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
 
+OF_BODY = re.compile("embed|norm|^(wte|wpe|ln_.*)$", re.IGNORECASE)  # modules that are no head
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
@@ -33,6 +35,9 @@ def why_no_strength(config: PeftConfig) -> str:
         return f"it trains biases of the base (bias={facts.bias}), which are no update to multiply"
     if facts.trainable_token_indices:
         return "it has rows of an embedding"
+    body = next((name for name in facts.modules_to_save or () if OF_BODY.search(name)), None)
+    if body:
+        return f"it trains {body} as a whole, which is no update to multiply"
     named = entry is not None and (entry.strength_field or _patterns(config))
     return "" if named else "there is no tensor in which its update is linear"
 
@@ -80,14 +85,19 @@ def at_strength_in_file(
         UnsupportedError: it has none, or has an adapter of an embedding.
     """
     require_strength(config)
-    # its factors are not those of a linear layer
-    embedding = next((name for name in tensors if "lora_embedding_" in name), None)
-    if embedding:
-        raise UnsupportedError(f"{embedding} is of an embedding, whose update has no strength here")
+    refuse_embeddings(tensors)
     entry = method_of(config)
     if entry and entry.strength_field:
         return dict(tensors), {entry.strength_field: strength}
     return {n: strength * t if is_scaled(config, n) else t for n, t in tensors.items()}, {}
+
+
+def refuse_embeddings(names: Iterable[str]) -> None:
+    """Raise UnsupportedError for an adapter with these tensors, if one is of an embedding."""
+    # its factors are not those of a linear layer
+    embedding = next((name for name in names if "lora_embedding_" in name), None)
+    if embedding:
+        raise UnsupportedError(f"{embedding} is of an embedding, whose update has no strength here")
 
 
 @contextmanager
@@ -99,6 +109,8 @@ def at_strength(model: PeftModel, strength: float) -> Generator[None]:
     """
     config = model.active_peft_config
     require_strength(config)
+    name = model.active_adapter
+    refuse_embeddings(key for key, _ in model.named_parameters() if name in key.split("."))
     entry = method_of(config)
     if entry and entry.strength_field:
         given = getattr(config, entry.strength_field)

@@ -124,3 +124,20 @@ def test_virtual_tokens_have_no_strength():
     model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(UnsupportedError, match="no update of a layer"), at_strength(model, 0.5):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("lora", {"target_modules": ["embed_tokens", "q_proj"]}, "is of an embedding"),
+        ("lora", {"modules_to_save": ["embed_tokens"]}, "trains embed_tokens as a whole"),
+        ("lora", {"modules_to_save": ["norm"]}, "trains norm as a whole"),
+        ("adapter", {"gate": "large", "placement": "sequential"}, "no tensor"),
+        ("adapter", {"residual": False}, "no tensor"),
+        ("adapter", {"train_layer_norms": True}, "no tensor"),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_multiplied_update_is_refused(name, fields, reason):
+    model = petl.wrap(llama(), name, task_type="CAUSAL_LM", **fields)
+    with pytest.raises(UnsupportedError, match=reason), at_strength(model, 0.5):
+        pass

@@ -163,7 +163,7 @@ def note_trade(saved: SavedAdapter, trade: Trade) -> None:
     """Add the trade to scores.json of the run."""
     if saved.run is not None and (saved.run / SCORES).is_file():
         scores = {**read_scores(saved.run), KEY: trade.entry()}
-        write_atomic(saved.run / SCORES, as_json(scores))
+        write_atomic(saved.run / SCORES, as_json(scores, in_order=True))
 
 
 def write_strength(saved: SavedAdapter, strength: float, out: Path) -> None:

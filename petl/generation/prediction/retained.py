@@ -58,5 +58,5 @@ def evaluate_retained(
     if saved.run is not None and (saved.run / SCORES).is_file():
         scores = read_scores(saved.run)
         if KEY not in scores:
-            write_atomic(saved.run / SCORES, as_json({**scores, KEY: found.entry()}))
+            write_atomic(saved.run / SCORES, as_json({**scores, KEY: found.entry()}, in_order=True))
     return found

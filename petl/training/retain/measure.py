@@ -214,7 +214,8 @@ def encode_texts(
         # some tokenizers append it: it would measure the format
         ids = ids[:-1] if end is not None and ids[-1:] == [end] else ids
         rows.append(RetainedRow(text, ids[:max_length]))
-    kept = [row for row in rows if len(row.ids) > 1]
+    # an encoder reads special tokens of an empty text, too
+    kept = [row for row in rows if len(row.ids) > 1 and row.text.strip()]
     if len(kept) < len(rows):
         logger.info(
             "%d retained texts of fewer than two tokens are left out", len(rows) - len(kept)

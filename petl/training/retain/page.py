@@ -8,10 +8,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypedDict
 
 from petl.core.types import Record
+from petl.data.models.new_tokens import plain_of
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json, read_json_lines, read_yaml
@@ -24,6 +26,7 @@ from petl.training.retain.rows import RetainedRow, tokenizer_of
 from petl.training.retain.settings import RetainConfig
 from petl.training.runs.records import CONFIG, METRICS, SCORES
 
+KEY, AT_START = "retained", "retained_at_start"  # entries of scores.json
 TEXTS, TOKENS = "retained.jsonl", "retained_tokens.json"
 SHOWN = 3  # texts that lost most, and as many that lost least
 BEGINNING = 60  # characters of a text under the pointer
@@ -74,7 +77,7 @@ def pieces_of(text: RetainedText, row: RetainedRow, tokenizer: Any) -> list[list
 
     None for tokens that the model does not predict.
     """
-    own, gained = tokenizer_of(tokenizer), list(text.gained or ())
+    own, gained = plain_of(tokenizer_of(tokenizer)), list(text.gained or ())
     # of the text that was cut, the tokens that were read
     if own.is_fast:  # parts of the text itself, with its white space
         encoded = own(text.text, verbose=False, return_offsets_mapping=True)
@@ -85,26 +88,36 @@ def pieces_of(text: RetainedText, row: RetainedRow, tokenizer: Any) -> list[list
     return [*map(list, zip(words, [None] * (len(words) - len(gained)) + gained, strict=True))]
 
 
-def section_of(folder: Path, found: Record, at_start: float | None = None) -> Section:
+def line_of(scores: Record, where: object = SCORES) -> str:
+    """Return what a run has lost, in words, from its scores.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    at_start = scores.get(AT_START)
+    started = "" if at_start is None else f"; {at_start:+.2g} before the first step"
+    return f"{measured_in(scores[KEY], where)}{started}"
+
+
+def section_of(folder: Path, scores: Record) -> Section:
     """Return the section of a run's page.
 
     Args:
-        found: the entry `retained` of scores.json.
-        at_start: what was lost before the first step, by a method that does not start as the base.
+        scores: with the entry `retained`.
 
     Raises:
         InputError: a file of the folder is damaged.
     """
-    measured = measured_in(found, folder / SCORES)
-    line, unit = str(measured), "texts" if isinstance(measured, Retained) else "examples"
-    if at_start is not None:
-        line += f"; {at_start:+.2g} before the first step"
+    measured = measured_in(scores[KEY], folder / SCORES)
+    line = line_of(scores, folder / SCORES)
+    unit = "texts" if isinstance(measured, Retained) else "examples"
     alarm = _alarm(folder, measured)
     tokens = f" of {measured.tokens:,} tokens" if isinstance(measured, Retained) else ""
+    each = f"; {TEXTS} has each of them" if (folder / TEXTS).exists() else ""
     return Section(
         "What was lost",
         f"{line[0].upper()}{line[1:]}. Measured on {measured.rows} {unit}{tokens} that the model "
-        f"was not trained on; {TEXTS} has each of them.",
+        f"was not trained on{each}.",
         charts=[*_curve(folder), *_bars(folder)],
         line=f"{line} ({alarm})" if alarm else line,
         alarm=alarm,
@@ -119,7 +132,9 @@ def measured_in(found: Record, where: object) -> Retained | Drift:
         InputError: it is damaged.
     """
     kind: Any = Drift if found.get("kind") == "features" else Retained
-    problem = type_problem({**found, "interval": None, "texts": ()}, kind)
+    # a loss may be nan, and a ratio infinite
+    finite = {n: 0.0 if isinstance(v, float) and not isfinite(v) else v for n, v in found.items()}
+    problem = type_problem({**finite, "interval": None, "texts": ()}, kind)
     if problem:
         raise InputError(f"{where} cannot be used: retained has {problem}")
     # JSON has lists only

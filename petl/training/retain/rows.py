@@ -75,6 +75,8 @@ class Processes:
 
     def all(self, found: dict[int, Found]) -> dict[int, Found]:
         """Return what all processes have found, by row."""
+        if self.count == 1:  # others may not be here
+            return found
         merged: dict[int, Found] = {}
         for part in gathered(found):
             merged |= part

@@ -57,7 +57,9 @@ COST = {"language": 2.0, "features": 1.0}
 MOST, FEWEST, SHORTEST = 256, 32, 64  # texts, and tokens of a text
 TEXTS = "texts of {} tokens"  # what is measured, in words
 SAMPLE = 1000  # rows whose lengths are looked at
-DIFFERS = 1e-5  # change of the first row from which on a start is not the base; less is rounding
+# change of the first row up to which a start is the base but for rounding, by whether that is of
+# float32: a base that the method has changed is rounded in other places than its own
+ROUNDING = {True: 1e-5, False: 2e-2}
 DATA, MIX_DATA = "retain.data", "retain.mix_data"
 BATCH_SIZE = 8
 logger = logging.getLogger(__name__)
@@ -248,25 +250,39 @@ class Retaining(RunFeature):
         """Say why nothing is measured; measure a start that is not the base's."""
         if self.note:
             logger.info(self.note)
+        if not self.is_measured:
+            return
         # a run that is resumed is no longer at its start, and has the number if there was one
-        if not self.is_measured or context.run.resume is not None:
+        if context.run.resume is not None:
+            if self.at_start in context.run.scores:
+                self._share()
             return
         context.run.timer.start()
         first = copy(self)
         first._keep(1)
+        config = context.model.active_peft_config
+        rounding = ROUNDING[has_base(config) or context.accelerator.mixed_precision == "no"]
         # most methods start as the base: one row shows it
-        if abs(first.measure(context).change) > DIFFERS:
-            self._measure_start(context)
+        if abs(first.measure(context).change) > rounding and self._share():
+            context.run.scores.add({self.at_start: self.measure(context).change})
         context.run.timer.mark(self.key)
 
-    def _measure_start(self, context: Context) -> None:
-        """Measure the model before training, and half of the rows if 3 % must pay for both."""
+    def _share(self) -> bool:
+        """Measure half of the rows, where 3 % of the run pay for the start too; False: too few."""
         own, count = self.settings, len(self.other.names if self.other else self.rows)
-        if own.rows is None and not own.measures_curve:
-            if count < 2 * FEWEST:
-                return
-            self._keep(count // 2)
-        context.run.scores.add({self.at_start: self.measure(context).change})
+        if own.rows is not None or own.measures_curve:
+            return True
+        if count < 2 * FEWEST:
+            logger.info(
+                "the model does not start as its base; what it has lost before the first step is "
+                "not measured: %.0f%% of the run's cost pay for %d rows; retain.rows=N measures "
+                "N whatever they cost",
+                100 * SHARE,
+                count,
+            )
+            return False
+        self._keep(count // 2)
+        return True
 
     def _keep(self, count: int) -> None:
         """Measure the first rows only."""
@@ -301,6 +317,11 @@ class Retaining(RunFeature):
                     "%d retained texts are training rows, and are left out", len(texts) - len(kept)
                 )
             texts = kept
+        if not texts:
+            raise InputError(
+                f"retain.data={own.data}: no text is left to measure, since all are training rows "
+                "or replayed: give others, or set retain.data=null"
+            )
         length = self._longest(splits.processor)
         # no more than may be measured: a file may have millions
         rows = encode_texts(
@@ -454,7 +475,7 @@ class Retaining(RunFeature):
             return None
         from petl.training.retain.page import section_of  # as in `after_training`
 
-        return section_of(folder, found, scores.get(cls.at_start))
+        return section_of(folder, scores)
 
 
 def processes_of(context: Context) -> Processes:

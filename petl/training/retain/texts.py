@@ -1,5 +1,6 @@
 """Retained texts: those that petl brings, those of files, and those of other data of petl."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from petl.data.base import as_dataset, data_source, read_data
-from petl.data.overlap import normalized
+from petl.data.overlap import TrainingInputs, normalized
 from petl.data.validation import Row
 from petl.errors import InputError, UnsupportedError, did_you_mean, shown
 from petl.system.files.read import iterate_json_lines
+from petl.training.retain.settings import RetainConfig
 
 if TYPE_CHECKING:
     from petl.data.tasks.base import Task
@@ -21,6 +23,7 @@ FILE = Path(__file__).with_name("texts.jsonl")
 COLUMN = "text"
 MOST = 100_000  # texts of other data that are read
 WORDS = re.compile(r"\w+")
+logger = logging.getLogger(__name__)
 CHARACTERS = 4  # of a token, about: the length of passages of a text that other data pack
 
 
@@ -112,13 +115,32 @@ def texts_for(
         raise UnsupportedError(
             f"{setting} measures texts, and a model for {task.name} reads none of them"
         )
-    texts, retain = read_texts([*names], setting), settings.get("retain")
+    texts = read_texts([*names], setting)
+    known = TrainingInputs(replayed_texts(settings.get("retain")))
+    kept = [text for text in texts if text not in known]
+    if len(kept) < len(texts):
+        count = len(texts) - len(kept)
+        logger.info("%d retained texts were replayed in training, and are left out", count)
+    if not kept:
+        raise InputError(
+            f"{setting}: all {len(texts)} texts were replayed in training: give others"
+        )
+    return kept
+
+
+def replayed_texts(retain: object) -> list[str]:
+    """Return the texts that a run with these settings under `retain` has replayed.
+
+    Raises:
+        InputError: they cannot be read.
+    """
     own = retain if isinstance(retain, Mapping) else {}
-    replayed = own.get("data")
-    is_replayed = [*names] == (replayed if isinstance(replayed, list) else [replayed])
-    if own.get("mix") and own.get("mix_data") is None and is_replayed:
-        return halves(texts)[0]
-    return texts
+    if not own.get("mix"):
+        return []
+    length = own.get("max_length") or RetainConfig().max_length
+    if own.get("mix_data") is not None:
+        return texts_of(own["mix_data"], "retain.mix_data of the run", length)
+    return halves(texts_of(own.get("data"), "retain.data of the run", length))[1]
 
 
 def read_texts(value: object, setting: str) -> list[str]:

@@ -275,17 +275,17 @@ def _score_table(scores: Settings) -> list[str]:
     evaluated = {text: scores[key] for key, text in EVALUATIONS.items() if scores.get(key)}
     # the linear probe's learning rate is no score
     names = dict.fromkeys(k for values in evaluated.values() for k in values if k != "lr")
+    lost = scores.get("retained")
+    # imported for runs that have measured it
+    words = [f"{resolve_name('petl.training.retain.page:line_of')(scores)}."] if lost else []
     if not evaluated:
-        return []
+        return words
     header = ["on the test examples", *(markdown(name) for name in names)]
     rows = [
         [text, *(_number(values.get(name)) for name in names)] for text, values in evaluated.items()
     ]
     table = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    lost = scores.get("retained")
-    # imported for runs that have measured it
-    words = resolve_name("petl.training.retain.page:measured_in")(lost, "retained") if lost else ""
-    return [*table, "", f"{words}."] if words else table
+    return [*table, "", *words] if words else table
 
 
 def _number(value: float | None) -> str:
