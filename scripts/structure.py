@@ -26,21 +26,21 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3790,
+    "system": 3815,
     "ops": 3660,
-    "core": 14735,
-    "efficiency": 10150,
-    "data": 17030,
-    "training": 17080,
-    "methods": 19820,
-    "adapters": 9105,
-    "generation": 7885,
+    "core": 14765,
+    "efficiency": 10170,
+    "data": 17100,
+    "training": 17150,
+    "methods": 19835,
+    "adapters": 9165,
+    "generation": 7975,
     "experiments": 8660,
-    "cli": 4770,
+    "cli": 4795,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 15985, "tests": 87070}
+OTHERS = {"scripts": 16205, "tests": 87750}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

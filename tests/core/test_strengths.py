@@ -134,7 +134,7 @@ def test_virtual_tokens_have_no_strength():
         ("lora", {"modules_to_save": ["norm"]}, "trains norm as a whole"),
         ("adapter", {"gate": "large", "placement": "sequential"}, "no tensor"),
         ("adapter", {"residual": False}, "no tensor"),
-        ("adapter", {"train_layer_norms": True}, "no tensor"),
+        ("adapter", {"train_layer_norms": True}, "input_layernorm as a whole"),
     ],
 )
 def test_an_adapter_that_is_more_than_a_multiplied_update_is_refused(name, fields, reason):

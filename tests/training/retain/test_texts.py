@@ -15,7 +15,7 @@ import petl
 from petl.data.bundled import WORDNET_FILE
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.media import ImageClassification
-from petl.errors import UnsupportedError
+from petl.errors import InputError, UnsupportedError
 from petl.training.retain.texts import halves, texts_for
 
 FILE = Path(petl.__file__).parent / "training" / "retain" / "texts.jsonl"
@@ -146,12 +146,17 @@ def test_each_problem_has_a_result_that_is_checked():
     assert {problem for problem, *_ in RESULTS} == set(range(12))
 
 
-def test_a_run_is_not_measured_on_texts_that_it_replayed():
+def test_a_run_is_not_measured_on_texts_that_it_replayed(tmp_path):
     every = texts_for(["bundled"], "--retain", CausalLM(), {})
     own = {"data": "bundled", "mix": 0.1, "mix_data": None}
     kept = texts_for(["bundled"], "--retain", CausalLM(), {"retain": own})
     assert kept == halves(every)[0]
-    others = {**own, "mix_data": "letters.jsonl"}
-    assert texts_for(["bundled"], "--retain", CausalLM(), {"retain": others}) == every
+    # other texts were replayed: those of them that are among these
+    file = tmp_path / "letters.jsonl"
+    file.write_text("".join(f"{json.dumps({'text': text.upper()})}\n" for text in every[3:7]))
+    others = {"retain": {**own, "mix_data": str(file)}}
+    assert texts_for(["bundled"], "--retain", CausalLM(), others) == every[:3] + every[7:]
+    with pytest.raises(InputError, match="all 4 texts were replayed"):
+        texts_for([f"{tmp_path}/./letters.jsonl"], "--retain", CausalLM(), others)
     with pytest.raises(UnsupportedError, match=r"--retain.*image_classification"):
         texts_for(["bundled"], "--retain", ImageClassification(classes=["a", "b"]), {})
