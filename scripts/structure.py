@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16205, "tests": 87750}
+OTHERS = {"scripts": 16260, "tests": 87750}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

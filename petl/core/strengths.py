@@ -42,9 +42,15 @@ def why_no_strength(config: PeftConfig) -> str:
     return "" if named else "there is no tensor in which its update is linear"
 
 
-def require_strength(config: PeftConfig) -> None:
-    """Raise UnsupportedError, with the reason, for an adapter without a strength."""
-    reason = why_no_strength(config)
+def require_strength(config: PeftConfig, tensors: Iterable[str] = ()) -> None:
+    """Raise UnsupportedError, with the reason, for an adapter without a strength.
+
+    Args:
+        tensors: names of those that it has.
+    """
+    embedding = next((name for name in tensors if "lora_embedding_" in name), None)
+    of_embedding = f"{embedding} is of an embedding, whose factors are not those of a linear layer"
+    reason = why_no_strength(config) or (of_embedding if embedding else "")
     if reason:
         entry = method_of(config)
         name = entry.name if entry else config.peft_type
@@ -84,20 +90,11 @@ def at_strength_in_file(
     Raises:
         UnsupportedError: it has none, or has an adapter of an embedding.
     """
-    require_strength(config)
-    refuse_embeddings(tensors)
+    require_strength(config, tensors)
     entry = method_of(config)
     if entry and entry.strength_field:
         return dict(tensors), {entry.strength_field: strength}
     return {n: strength * t if is_scaled(config, n) else t for n, t in tensors.items()}, {}
-
-
-def refuse_embeddings(names: Iterable[str]) -> None:
-    """Raise UnsupportedError for an adapter with these tensors, if one is of an embedding."""
-    # its factors are not those of a linear layer
-    embedding = next((name for name in names if "lora_embedding_" in name), None)
-    if embedding:
-        raise UnsupportedError(f"{embedding} is of an embedding, whose update has no strength here")
 
 
 @contextmanager
@@ -108,9 +105,9 @@ def at_strength(model: PeftModel, strength: float) -> Generator[None]:
         UnsupportedError: the adapter has none.
     """
     config = model.active_peft_config
-    require_strength(config)
     name = model.active_adapter
-    refuse_embeddings(key for key, _ in model.named_parameters() if name in key.split("."))
+    keys = (key for key, _ in model.named_parameters() if name in key.split("."))
+    require_strength(config, keys)
     entry = method_of(config)
     if entry and entry.strength_field:
         given = getattr(config, entry.strength_field)
