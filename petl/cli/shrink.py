@@ -28,7 +28,9 @@ def shrink(options: ShrinkOptions) -> None:
     # measured on all processes, written by the first
     work = Work(source, {name: getattr(options, name) for name in names}, options.out)
     record = work.earlier()
-    if record is None:  # else it was shrunk by an interrupted command
+    if record is not None and options.recover == 0:  # an earlier command was to recover it
+        work.take(record, lambda folder: describe(record, folder))
+    elif record is None:
         small, record = work.shrunk()
         if options.recover == 0:
             work.write(small, options.out, record, lambda folder: describe(record, folder))

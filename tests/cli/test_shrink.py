@@ -98,16 +98,76 @@ def test_the_recovery_is_a_run_with_the_ranks_of_the_dense_blocks(lora_run, tmp_
     assert torch.equal(logits(again), logits(loaded))
 
 
-@pytest.mark.thorough
-def test_an_interrupted_recovery_goes_on_with_the_same_command(lora_run, tmp_path, monkeypatch):
-    out, words = tmp_path / "small", ("--sparsity", 0.5, "--recover", 4)
+def run_until_recovery(*words):
+    """Run the command until a signal stops it where its recovery begins."""
 
     def interrupted(cfg):
         raise WrappedError(RunStopped("stopped by a signal", status=143))
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "train", interrupted)
-        assert run(lora_run.path, out, *words) == 143
+        assert run(*words) == 143
+
+
+@pytest.mark.thorough
+def test_what_was_to_recover_is_written_without_a_recovery(lora_run, tmp_path):
+    out, words = tmp_path / "small", ("--sparsity", 0.4, "--widths", "by_block", "--multiple", 4)
+    run_until_recovery(lora_run.path, out, *words)
+    assert run(lora_run.path, out, *words, "--recover", 0) == 0
+    other = tmp_path / "other"
+    assert run(lora_run.path, other, *words, "--recover", 0) == 0
+    assert {file.name for file in out.iterdir()} == {file.name for file in other.iterdir()}
+    assert record(out)["scores"] == record(other)["scores"]
+    assert torch.equal(logits(petl.load_shrunk(out)), logits(petl.load_shrunk(other)))
+
+
+@pytest.mark.thorough
+def test_another_run_of_the_same_name_does_not_take_what_an_earlier_one_left(
+    lora_run, tiny, tmp_path, capfd
+):
+    out, place = tmp_path / "small", tmp_path / "run"
+    shutil.copytree(lora_run.path, place)
+    run_until_recovery(place, out)
+    left = record(tmp_path / "small.train" / "model")
+    shutil.rmtree(place)
+    train([*tiny.steady, "+method=lora", "train.lr=0.02"], place)
+    for recover in (0, 3):
+        assert run(place, out, "--recover", recover) == 2
+        assert "digest of the weights" in capfd.readouterr().err
+    assert record(tmp_path / "small.train" / "model") == left
+    shutil.rmtree(place)
+    shutil.copytree(lora_run.path, tmp_path / "moved" / "run")
+    assert run(tmp_path / "moved" / "run", out, "--recover", 0) == 0
+
+
+@pytest.mark.thorough
+def test_a_model_with_other_rows_or_settings_is_shrunk_anew(tiny, tmp_path, capfd):
+    rows, held_out = tmp_path / "rows.csv", tmp_path / "test.csv"
+    shutil.copy(tiny.folder / "train.csv", rows)
+    shutil.copy(tiny.folder / "test.csv", held_out)
+    model, out = tiny.folder / "llama", tmp_path / "small"
+    settings = ["data.task=causal_lm", "data.max_length=16", f"data.test={held_out}"]
+    words = ("--data", rows, "--sparsity", 0.3)
+    run_until_recovery(model, out, *settings, *words)
+
+    def refused(*changed):
+        assert run(model, out, *changed, *words) == 2
+        return capfd.readouterr().err
+
+    assert "data.max_length=16, not 12" in refused(*settings, "data.max_length=12")
+    assert "train.seed=" in refused(*settings, "train.seed=7")
+    for file, name in ((rows, "training"), (held_out, "test")):
+        before = file.read_text()
+        file.write_text(before.replace("cat", "dog"))
+        assert f"digest of the {name} rows" in refused(*settings)
+        file.write_text(before)
+    assert run(model, out, *settings, *words, "--recover", 0) == 0
+
+
+@pytest.mark.thorough
+def test_an_interrupted_recovery_goes_on_with_the_same_command(lora_run, tmp_path):
+    out, words = tmp_path / "small", ("--sparsity", 0.5, "--recover", 4)
+    run_until_recovery(lora_run.path, out, *words)
     assert not out.exists()
     base = out.with_name("small.train") / "model"
     before = record(base)

@@ -4,9 +4,11 @@ OUT.train has `model`, the shrunk one with shrink.json, and `run`, its recovery:
 command goes on from there.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,10 @@ from petl.errors import InputError, RunStopped
 from petl.system.collectives import on_main
 from petl.system.files.disk import as_json, copy_file, write_atomic
 from petl.system.files.outputs import new_folder
-from petl.system.files.read import read_json
+from petl.system.files.read import parse_json, read_json
 from petl.system.progress import Pass, ProgressItems
 from petl.training.calibration import CalibrationData, calibration_batches
-from petl.training.dataloader import encode_splits
+from petl.training.dataloader import Splits, digest, encode_splits
 from petl.training.distributed.launch import start
 from petl.training.evaluate import Evaluator
 
@@ -70,17 +72,41 @@ class Work:
         """The folder of the recovery."""
         return self.base.with_name(RUN)
 
+    @cached_property
+    def splits(self) -> Splits:
+        """The rows, as in a run, so that recovery and calibration see the same."""
+        source, train = self.source, self.config.train
+        return encode_splits(source.saved.data, source.processor, train, self.accelerator)
+
+    @cached_property
+    def inputs(self) -> Record:
+        """What the shrunk model and its scores follow from, beside the arguments of `petl.shrink`.
+
+        The recovery has settings of its own, which its run compares.
+        """
+        groups, config = self.source.saved.settings, self.config
+        named = {f"{group}.{k}": v for group in ("model", "data") for k, v in groups[group].items()}
+        named.pop("model.path", None)  # a folder is what its files are
+        found = named | {
+            "train.seed": config.train.seed,
+            "train.precision": config.precision,
+            "digest of the weights": self.source.digest(),
+            "digest of the training rows": digest(self.splits.train),
+            "digest of the test rows": digest(self.splits.test),
+        }
+        return parse_json(as_json(found))  # as it is read from a file
+
     def earlier(self) -> Record | None:
-        """Return the record of an interrupted command with these settings; None: there is none.
+        """Return the record of a command with these settings and inputs; None: there is none.
 
         Raises:
-            InputError: its settings are others, or the folder is something else.
+            InputError: they are others, or the folder is something else.
         """
         if not self.base.exists():  # it appears when it is complete
             return None
         record = read_json(self.base / FILE, dict[str, Any])
-        # the recovery has settings of its own, which its run compares
-        then, now = record["settings"], self.settings | {"source": self.source.name}
+        then = record["settings"] | record.get("inputs", {})
+        now = self.settings | {"source": self.source.name} | self.inputs
         for name, value in now.items():
             if then.get(name) != value:
                 raise InputError(
@@ -91,16 +117,14 @@ class Work:
 
     def shrunk(self) -> tuple[PreTrainedModel, Record]:
         """Measure, cut and score; return the small model and the content of shrink.json."""
-        source, train = self.source, self.config.train
-        splits = encode_splits(source.saved.data, source.processor, train, self.accelerator)
-        dense: PreTrainedModel = source.dense().to(self.accelerator.device).eval()
+        train, splits = self.config.train, self.splits
+        dense: PreTrainedModel = self.source.dense().to(self.accelerator.device).eval()
 
         def scores(model: PreTrainedModel, name: str) -> dict[str, float]:
             return Evaluator(model, splits, self.accelerator, train.eval_batch_size).test(
                 when=f"with the {name} model"
             )
 
-        # as in a run, so that recovery and calibration see the same rows
         rows = calibration_batches(CALIBRATION, self.config.model, splits)
         before = scores(dense, "dense")
         found = shrink(dense, ProgressItems(rows, "measuring channels"), **self.settings)
@@ -117,6 +141,7 @@ class Work:
         ]
         record: Record = {
             "settings": self.settings | {"source": self.source.name},
+            "inputs": self.inputs,
             "calibration": asdict(CALIBRATION),
             "seed": train.seed,
             "metric": self.task.metric,
@@ -154,6 +179,16 @@ class Work:
             for name, tensor in small.state_dict().items():
                 if not torch.equal(tensor.cpu(), state[name].cpu()):
                     raise RunStopped(f"{name} is another tensor when it is read again: not written")
+
+    def take(self, record: Record, also: Write) -> None:
+        """Write the model in OUT.train, without a recovery."""
+
+        def copied() -> None:
+            with new_folder(self.out) as draft:
+                shutil.copytree(self.base, draft, dirs_exist_ok=True)
+                self._describe(draft, record, also)
+
+        on_main(self.accelerator, copied)
 
     def _describe(self, draft: Path, record: Record, also: Write) -> None:
         write_task(draft, self.task)

@@ -1,5 +1,6 @@
 """What `petl shrink` makes smaller, a run or a model, and the run that recovers it."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from petl.core.registry import build_config
 from petl.core.types import Groups
 from petl.data.models.loading import load_base, load_processor
 from petl.errors import InputError, UnsupportedError
+from petl.system.files.disk import sha256
 from petl.system.settings.command_line import preset_of
 from petl.system.settings.schema import plain
 from petl.training.compose import compose
@@ -79,6 +81,13 @@ class Source:
         if self.is_run:
             return self.saved.processor
         return load_processor(self.saved.settings["model"], self.saved.data.task)
+
+    def digest(self) -> str:
+        """Return a digest of the weights and JSON files of the adapter, or of the model."""
+        kinds = (".safetensors", ".bin", ".json")
+        files = [file for file in sorted(self.saved.adapter.iterdir()) if file.suffix in kinds]
+        content = "".join(f"{file.name} {sha256(file)}\n" for file in files)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def dense(self) -> PreTrainedModel:
         """Load the model, the adapter of a run merged into it; on the CPU.
