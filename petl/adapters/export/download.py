@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from petl.adapters.export.checked_folder import folder_bytes
-from petl.adapters.export.shipped import MODEL, check, chosen
+from petl.adapters.export.shipped import MODEL, MODULES, check, chosen, module_folders
 from petl.core.adapter_folder import CONFIG
 from petl.errors import InputError
 from petl.system.files import hub
@@ -52,7 +52,11 @@ def pull(name: str, folder: Path, revision: str | None = None) -> Download:
         raise InputError(f"{name} has neither {CONFIG} nor {MODEL}: it holds no adapter or model")
     with new_folder(folder) as draft:
         with hub.connected(name, revision):
-            for file in chosen(present):  # of this commit, whatever happens to the branch
+            modules = {}
+            if MODULES in chosen(present):  # which says where further files are
+                hf_hub_download(name, MODULES, revision=info.sha, local_dir=draft)
+                modules = module_folders(draft)
+            for file in chosen(present, modules):  # of this commit, whatever happens to the branch
                 hf_hub_download(name, file, revision=info.sha, local_dir=draft)
         shutil.rmtree(draft / ".cache", ignore_errors=True)  # huggingface_hub's notes
         check_links(draft)

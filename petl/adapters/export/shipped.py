@@ -7,12 +7,17 @@ where they are.
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypedDict
 
 from petl.core import fingerprint
 from petl.core.adapter_folder import CONFIG, Folder
+from petl.core.adapter_widths import record as nested
 from petl.core.auto_classes import read_labels
+from petl.core.model.layer_widths import FILE as WIDTHS
+from petl.core.model.layer_widths import read_widths
+from petl.data.tasks.retrieval.base_folder import LENGTHS, MODULES, PROMPTS, modules_of
+from petl.data.tasks.retrieval.dense import WEIGHTS
 from petl.data.tasks.task_file import FILE as TASK
 from petl.data.tasks.task_file import read_task
 from petl.errors import InputError
@@ -27,12 +32,14 @@ from petl.training.runs.model_card import README
 MODEL = "config.json"  # a complete model has it, and no adapter_config.json
 INDEX = "model.safetensors.index.json"
 ADAPTERS = [
-    *(CONFIG, "adapter_model.safetensors", TERNARY, LABELS, TASK, fingerprint.FILE),
+    *(CONFIG, "adapter_model.safetensors", TERNARY, LABELS, TASK, fingerprint.FILE, nested.FILE),
     f"{BASE}/{MODEL}",  # of a base model with random weights
 ]
 MODELS = [
     *(MODEL, "generation_config.json", "model.safetensors", INDEX),
     RANKS,  # of low-rank layers, as `petl export --small` writes them
+    *(WIDTHS, TASK),  # of `petl shrink`
+    *(MODULES, PROMPTS, LENGTHS),  # of embedders and rerankers
 ]
 BOTH = [
     *(README, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"),
@@ -58,20 +65,33 @@ class Index(TypedDict):
     weight_map: dict[str, str]
 
 
-def chosen(names: Iterable[str]) -> list[str]:
+def chosen(names: Iterable[str], modules: Iterable[str] = ()) -> list[str]:
     """Return those files of an adapter or a model that are shipped, sorted.
 
     Args:
         names: paths in the folder or repository, with slashes.
+        modules: folders of an embedder's modules, as of `module_folders`; without them, the list
+            has `MODULES` if there are some.
     """
     present = set(names)
     is_adapter = CONFIG in present
-    known = {*BOTH, *(ADAPTERS if is_adapter else MODELS)}
+    places = [str(PurePosixPath(path, name)) for path in modules for name in (MODEL, WEIGHTS)]
+    known = {*BOTH, *(ADAPTERS if is_adapter else [*MODELS, *places])}
     return sorted(
         name
         for name in present
         if name in known or NAMED.fullmatch(name) or (SHARD.fullmatch(name) and not is_adapter)
     )
+
+
+def module_folders(folder: Path) -> dict[str, str]:
+    """Return the kind of module in each folder that the `MODULES` of a folder names.
+
+    Raises:
+        InputError: the file is damaged, or names a folder outside.
+    """
+    file = folder / MODULES
+    return {path: kind for kind, path in modules_of(read_json(file), str(file))}
 
 
 def check(folder: Path) -> str:
@@ -84,6 +104,7 @@ def check(folder: Path) -> str:
         Folder(folder).check()
         read_labels(folder)
         read_task(folder)
+        nested.read(Folder(folder).file(nested.FILE))
         return "adapter"
     if not (folder / MODEL).is_file():
         raise InputError(f"{folder} has neither {CONFIG} nor {MODEL}: it holds no adapter or model")
@@ -94,7 +115,23 @@ def check(folder: Path) -> str:
         read_shapes(folder / name)
     if (folder / RANKS).is_file():
         read_json(folder / RANKS, dict[str, dict[str, int]])
+    read_widths(folder)
+    read_task(folder)
+    _read_modules(folder)
     return "model"
+
+
+def _read_modules(folder: Path) -> None:
+    """Read the files of an embedder or reranker, if it is one."""
+    present = [name for name in (PROMPTS, LENGTHS) if (folder / name).is_file()]
+    modules = module_folders(folder) if (folder / MODULES).is_file() else {}
+    # without its config, a reader might pool in another way
+    present += [f"{path}/{MODEL}" for path, kind in modules.items() if kind in ("Pooling", "Dense")]
+    for name in present:
+        read_json(folder / name, dict)
+    for path, kind in modules.items():
+        if kind == "Dense":
+            read_shapes(folder / path / WEIGHTS)
 
 
 def _weights(folder: Path) -> set[str]:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from petl.adapters.export.card import described
 from petl.adapters.export.saved_adapter import SavedAdapter, find
-from petl.adapters.export.shipped import check, chosen
+from petl.adapters.export.shipped import MODULES, check, chosen, module_folders
 from petl.core.adapter_folder import CONFIG
 from petl.data.models.sources import read_source
 from petl.errors import InputError, RunStopped, first_line
@@ -88,6 +88,8 @@ def prepare(
     folder = path if saved is None else saved.adapter
     files = {str(p.relative_to(folder).as_posix()): p for p in folder.rglob("*") if not p.is_dir()}
     names = chosen(files)
+    if MODULES in names:
+        names = chosen(files, module_folders(folder))
     for each in names:
         if not stat.S_ISREG(files[each].lstat().st_mode):
             raise InputError(f"{files[each]} is a link: put a copy of the file in its place")

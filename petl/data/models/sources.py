@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.system.files.disk import write_json
 from petl.system.files.paths import OnHub, Package, cache_folder, model_folder, origin_of, path_of
-from petl.system.files.read import parse_json
+from petl.system.files.read import read_json
 from petl.system.imports.extras import need_extra
 from petl.system.settings.schema import plain
 from petl.system.values import check_rules, field, integer, one_of, read_fields
@@ -112,9 +112,13 @@ class ModelSource:
         return bool(getattr(self.config(), "is_encoder_decoder", False))
 
     def json_file(self, name: str) -> object:
-        """The content of a JSON file beside the weights; None if there is none."""
+        """The content of a JSON file beside the weights; None if there is none.
+
+        Raises:
+            InputError: it cannot be read, or is not JSON.
+        """
         file = self._file(name)
-        return None if file is None else parse_json(Path(file).read_text("utf-8"))
+        return None if file is None else read_json(Path(file))
 
     def tensors(self, name: str) -> "dict[str, Tensor]":
         """The tensors of a further safetensors file; {} if there is none."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from petl.data.models.loading import load_base, load_processor
 from petl.data.models.sources import read_source
 from petl.data.tasks.base import Pad, pad_id
 from petl.data.tasks.retrieval import Retrieval
-from petl.data.tasks.retrieval.base_folder import LENGTHS
+from petl.data.tasks.retrieval.base_folder import Folder
 from petl.data.tasks.retrieval.reranking import Reranking
 from petl.data.validation import Row, every
 from petl.errors import InputError, did_you_mean, first_line, shown
@@ -120,8 +120,7 @@ def plain_predictor(
 def length_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of a text at most, of a plain model: those of its folder, else `LONGEST`."""
     source = read_source(settings)
-    lengths = cast("dict[str, int | None]", source.json_file(LENGTHS) or {})
-    given = lengths.get("max_seq_length")
+    given = Folder(source).max_length
     most = getattr(source.config().get_text_config(), "max_position_embeddings", None) or LONGEST
     # some tokenizers have no length, and say 1e30
     return given or min(tokenizer.model_max_length, most, LONGEST)

@@ -1,13 +1,18 @@
 """What comes from a local stand-in of the Hub is one commit, checked before the folder appears."""
 
+import json
+
 import pytest
+import torch
 from hub_server import OWNER
+from safetensors.torch import save_file
 
 from petl.adapters import deltas
 from petl.adapters.export.download import pull
 from petl.adapters.export.saved_adapter import find
 from petl.adapters.export.upload import prepare, push
 from petl.cli import main
+from petl.data.tasks.retrieval.base_folder import folder_files
 from petl.errors import InputError, RunStopped
 from petl.ops.ternary import FILE
 from petl.system.files.paths import OnHub
@@ -43,6 +48,70 @@ def test_a_compressed_adapter_comes_back(mola_run, hub_server, tmp_path):
     push(prepare(tmp_path / "small", NAME, base=OnHub("ada/base")), NAME)
     assert pull(NAME, tmp_path / "back").kind == "adapter"
     assert deltas.Ternary.load(tmp_path / "back" / FILE).kept == found.kept
+
+
+@pytest.fixture
+def embedder(tmp_path):
+    """A folder as `petl merge` and `petl shrink` write one, of a model with a layer behind it."""
+    folder = tmp_path / "embedder"
+    prompts = {"query": "Q: ", "document": "D: "}
+    files = folder_files(
+        "cls", 4, dense=["projection"], normalize=True, prompts=prompts, similarity="cosine"
+    )
+    files |= {
+        "config.json": {"model_type": "bert"},
+        "projection/config.json": {"in_features": 4, "out_features": 2},
+        "sentence_bert_config.json": {"max_seq_length": 64},
+        "task.json": {"task": "retrieval"},
+        "widths.json": {"layers": {"encoder": [4, 8]}},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    save_file({"a": torch.ones(2)}, folder / "model.safetensors")
+    save_file({"linear.weight": torch.ones(2, 4)}, folder / "projection/model.safetensors")
+    return folder
+
+
+def test_an_embedder_comes_back_with_all_that_makes_its_vectors(embedder, hub_server, tmp_path):
+    def contents(folder):
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+    before = contents(embedder)
+    (embedder / "projection/pytorch_model.bin").write_bytes(b"x")
+    (embedder / "other").mkdir()
+    (embedder / "other/config.json").write_text("{}")
+    push(prepare(embedder, NAME), NAME)
+    assert pull(NAME, tmp_path / "back").kind == "model"
+    assert contents(tmp_path / "back") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("modules.json", [{"type": "x.Dense", "path": "../up"}], r"names \.\./up"),
+        ("modules.json", [{"type": "x.Dense", "path": "/up"}], "names /up"),
+        ("modules.json", {"type": "x.Dense"}, r"modules\.json cannot be used"),
+        ("modules.json", [{"type": "x.Pooling", "path": "lost"}], r"lost/config\.json cannot"),
+        ("1_Pooling/config.json", [], r"1_Pooling/config\.json cannot be used"),
+        ("projection/model.safetensors", {}, r"projection/model\.safetensors cannot be read"),
+        ("widths.json", {"layers": {"a": [0, 1]}}, r"widths\.json"),
+        ("task.json", {}, r"task\.json cannot be used"),
+        ("sentence_bert_config.json", [], "sentence_bert_config"),
+    ],
+)
+def test_a_damaged_embedder_neither_goes_nor_comes(
+    embedder, hub_server, tmp_path, name, content, message
+):
+    push(prepare(embedder, NAME), NAME)
+    hub_server.repositories[NAME].commit({name: json.dumps(content).encode()})
+    with pytest.raises(InputError, match=message):
+        pull(NAME, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    (embedder / name).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        prepare(embedder, NAME)
 
 
 def test_a_revision_is_one_commit(repository, tmp_path):

@@ -42,6 +42,8 @@ def test_files_of_a_model_and_of_tokenizers_go():
     assert chosen([*ADAPTER, "tokenizer.json", "base/config.json", "task.json"]) == sorted(
         [*ADAPTER, "base/config.json", "task.json", "tokenizer.json"]
     )
+    # what an adapter of several widths was trained at
+    assert "nested.json" in chosen([*ADAPTER, "nested.json"])
 
 
 def test_a_model_is_read_strictly(tmp_path):

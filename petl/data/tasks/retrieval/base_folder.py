@@ -6,11 +6,12 @@ written.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, TypedDict
 
 from petl.data.tasks.base import BaseFiles
 from petl.data.tasks.retrieval.dense import DenseLayers
 from petl.errors import InputError
+from petl.system.values import type_problem
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
@@ -23,8 +24,28 @@ FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+OF_BASE = " of the base model"
 DOCUMENTS = ("document", "passage", "corpus")  # names that the prompt of documents has
 NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+
+
+class Module(TypedDict):
+    """An entry of `MODULES`."""
+
+    type: str
+    path: str
+
+
+class Prompts(TypedDict, total=False):
+    """What is read of `PROMPTS`; other entries are compared alone."""
+
+    prompts: dict[str, str | None] | None
+
+
+class Lengths(TypedDict, total=False):
+    """What is read of `LENGTHS`."""
+
+    max_seq_length: int | None
 
 
 class Folder:
@@ -32,9 +53,8 @@ class Folder:
 
     def __init__(self, base: BaseFiles) -> None:
         self.base = base
-        modules = cast("list[dict[str, str]]", base.json_file(MODULES) or [])
-        # such as sentence_transformers.models.Pooling: the last word is the same in all versions
-        self.modules = [(each["type"].rpartition(".")[2], each["path"]) for each in modules]
+        content = base.json_file(MODULES)
+        self.modules = [] if content is None else modules_of(content, f"{MODULES}{OF_BASE}")
         self.paths = dict(self.modules)
 
     def check(self) -> None:
@@ -43,11 +63,6 @@ class Folder:
             raise InputError(
                 "the base model has an encoder and a decoder: data.task=retrieval needs one of "
                 "both alone, such as BERT, ModernBERT or Qwen3"
-            )
-        outside = [p for _, p in self.modules if Path(p).is_absolute() or ".." in Path(p).parts]
-        if outside:
-            raise InputError(
-                f"{MODULES} of the base model names {outside[0]}, which leads out of its folder"
             )
         names = [name for name, _ in self.modules]
         others = [name for name in names if name not in ORDER]
@@ -65,8 +80,12 @@ class Folder:
             )
 
     def _lowers(self, name: str) -> bool:
-        config = cast("Mapping[str, object]", self.base.json_file(name) or {})
-        return config.get("do_lower_case") is True
+        return (self._read(name) or {}).get("do_lower_case") is True
+
+    def _read(self, name: str, shape: object = dict[str, Any]) -> Mapping[str, Any] | None:
+        """The content of a file; None without one."""
+        content = self.base.json_file(name)
+        return None if content is None else shaped(content, shape, f"{name}{OF_BASE}")
 
     def dense(self) -> DenseLayers | None:
         """The layers behind the pooling; None if there are none."""
@@ -80,7 +99,7 @@ class Folder:
             InputError: it is another one, or leaves prompts out.
         """
         path = self.paths.get("Pooling", "1_Pooling")
-        config = cast("Mapping[str, object]", self.base.json_file(f"{path}/config.json"))
+        config = self._read(f"{path}/config.json")
         if config is None:
             return "last" if self.base.is_decoder else "mean"
         if config.get("include_prompt") is False:
@@ -115,15 +134,43 @@ class Folder:
         # the default of CrossEncoder
         return str(self._config().get("activation_fn", "Sigmoid")).endswith("Sigmoid")
 
-    def _config(self) -> Mapping[str, object]:
-        return cast("Mapping[str, object]", self.base.json_file(PROMPTS) or {})
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of a text at most; None if the folder does not say."""
+        return (self._read(LENGTHS, Lengths) or {}).get("max_seq_length")
+
+    def _config(self) -> Mapping[str, Any]:
+        return self._read(PROMPTS, Prompts) or {}
 
     def prompts(self) -> tuple[str, str]:
         """The prompts of queries and of documents, "" without one."""
-        found = cast("Mapping[str, str]", self._config().get("prompts") or {})
+        found = self._config().get("prompts") or {}
         # as encode_document of sentence-transformers looks for it
         names = (name for name in DOCUMENTS if name in found)
         return found.get("query") or "", found.get(next(names, "")) or ""
+
+
+def modules_of(content: object, place: str) -> list[tuple[str, str]]:
+    """The class and the folder of each module in the content of `MODULES`, which `place` names.
+
+    Raises:
+        InputError: it is no such list, or a folder is outside.
+    """
+    modules: list[Module] = shaped(content, list[Module], place)
+    paths = [each["path"] for each in modules]
+    outside = [p for p in paths if Path(p).is_absolute() or ".." in Path(p).parts]
+    if outside:
+        raise InputError(f"{place} names {outside[0]}, which leads out of its folder")
+    # such as sentence_transformers.models.Pooling: the last word is the same in all versions
+    return [(each["type"].rpartition(".")[2], each["path"]) for each in modules]
+
+
+def shaped(content: object, shape: object, place: str) -> Any:
+    """Return the content of a file; raise InputError if it has another shape."""
+    problem = type_problem(content, shape)
+    if problem:
+        raise InputError(f"{place} cannot be used: {problem}")
+    return content
 
 
 def folder_files(

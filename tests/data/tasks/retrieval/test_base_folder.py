@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from petl.data.models.sources import read_source
 from petl.data.tasks.retrieval import Retrieval
+from petl.data.tasks.retrieval.base_folder import Folder
 from petl.errors import InputError
 
 POOLING, NORMALIZE = (
@@ -109,3 +111,38 @@ def test_lower_case_by_the_tokenizer_is_no_reason_to_refuse():
 def test_an_encoder_with_a_decoder_is_refused():
     with pytest.raises(InputError, match="encoder and a decoder"):
         taken(has_decoder=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("modules.json", [{"path": "1_Pooling"}], "type"),
+        ("modules.json", {"0": TRANSFORMER}, "list"),
+        ("modules.json", [{**POOLING, "path": 1}], "path"),
+        ("1_Pooling/config.json", [{"pooling_mode": "cls"}], "mapping"),
+        ("config_sentence_transformers.json", {"prompts": {"query": 5}}, "query.*5"),
+        ("config_sentence_transformers.json", ["query"], "mapping"),
+        ("sentence_bert_config.json", "lower", "mapping"),
+    ],
+)
+def test_damaged_files_are_named_with_the_reason(name, content, words):
+    files = {**folder({"pooling_mode": "cls"}), name: content}
+    with pytest.raises(InputError, match=f"{name}.*{words}"):
+        taken(files)
+
+
+@pytest.mark.parametrize("content", [b"[", b"[\xff]", b"[" * 9000, b" " * 2**24 + b"[]"])
+def test_files_beside_the_weights_are_read_within_bounds(tmp_path, content):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "modules.json").write_bytes(content)
+    source = read_source({"name": "own", "source": "path", "path": str(tmp_path)})
+    with pytest.raises(InputError, match=rf"{tmp_path}/modules\.json cannot be"):
+        Retrieval().take_base(source)
+
+
+def test_a_length_that_is_no_number_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": "long"}')
+    source = read_source({"name": "own", "source": "path", "path": str(tmp_path)})
+    with pytest.raises(InputError, match=r"max_seq_length.*long"):
+        assert Folder(source).max_length
