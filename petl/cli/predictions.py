@@ -98,6 +98,7 @@ def print_retained(options: EvalOptions, saved: "SavedAdapter") -> None:
     """Print what the model of a saved adapter has lost on retained texts, and write it."""
     from petl.errors import InputError
     from petl.experiments.reports.formatting import echo
+    from petl.experiments.reports.run_report import write_page
     from petl.generation.prediction.evaluation import folder_of
     from petl.generation.prediction.retained import evaluate_retained
     from petl.system.processes import is_first
@@ -111,6 +112,8 @@ def print_retained(options: EvalOptions, saved: "SavedAdapter") -> None:
     found = evaluate_retained(saved, options.retain or [BUNDLED], folder, options.batch_size)
     if not is_first():
         return
+    if saved.run is not None:
+        write_page(saved.run)
     echo(found)
     if folder is not None:
         echo(f"written to {folder}")

@@ -207,7 +207,7 @@ def beginnings(texts: Sequence[str]) -> list[str]:
 def input_texts(rows: "Dataset", columns: Sequence[str]) -> Iterator[str]:
     """Yield the inputs of raw rows; many are read at a time, since each alone takes longer."""
     for part in rows.select_columns([*columns]).iter(AT_ONCE):
-        each = zip(*(part[name] for name in columns), strict=True)  # ty: ignore[invalid-argument-type]
+        each = zip(*(part[name] for name in columns), strict=True)
         yield from (input_text(dict(zip(columns, values, strict=True))) for values in each)
 
 

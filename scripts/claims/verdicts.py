@@ -51,7 +51,7 @@ def word_of(kind: str, low: float, high: float, margin: float) -> str:
     if kind == "equals":
         if -margin < low and high < margin:
             return HOLDS
-        return FAILS if high <= -margin or low >= margin else OPEN
+        return FAILS if high <= -margin or low >= margin else WORSE if high < 0 else OPEN
     if kind == "no_worse":
         if low > -margin:
             return HOLDS

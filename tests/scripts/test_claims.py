@@ -139,6 +139,7 @@ def test_enough_is_the_smallest_number_of_seeds_then_of_rows():
         ("equals", -0.03, -0.01, FAILS),
         ("equals", 0.011, 0.03, FAILS),
         ("equals", -0.012, 0.004, OPEN),
+        ("equals", -0.012, -0.004, WORSE),
         ("equals", -0.012, 0.02, OPEN),
         ("no_worse", -0.009, 0.04, HOLDS),  # a gain is no loss
         ("no_worse", 0.02, 0.04, HOLDS),

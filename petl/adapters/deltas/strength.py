@@ -4,6 +4,7 @@ The score is that on the run's validation rows or on other files, which training
 rows decide nothing. What is lost is measured on retained texts, see `petl.training.retain`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from petl.training.retain.compare import retained
 from petl.training.runs.records import SCORES, read_scores
 
 KEY = "strengths"
+logger = logging.getLogger(__name__)
 DATA = "--data"
 BATCH_SIZE = 8
 
@@ -117,6 +119,13 @@ def trade_of(
             "on test rows nothing may be chosen: give others with --data FILE, or train with "
             "train.eval_steps=N"
         )
+    if splits.inputs is not None:
+        known = [text for text in texts if text in splits.inputs]
+        texts = [text for text in texts if text not in splits.inputs]
+        if not texts:
+            raise InputError(f"all {len(known)} retained texts are training rows: give others")
+        if known:
+            logger.info("%d retained texts are training rows, and are left out", len(known))
     model, task, rows = saved.model(), splits.task, splits.validation
     evaluator = Evaluator(model, splits, accelerator, run.train.eval_batch_size)
     size = batch_size or BATCH_SIZE

@@ -14,7 +14,7 @@ from petl.data.models.loading import (
     loading,
     with_padding_token,
 )
-from petl.data.models.new_tokens import numbers_of
+from petl.data.models.new_tokens import PLAIN, numbers_of, plain_of
 from petl.data.models.sources import FILES, Settings, has_tokenizer, read_source
 from petl.data.tasks.base import P, Task, tokenizer_in
 from petl.errors import InputError
@@ -73,6 +73,9 @@ def _saved_or_base(cfg: Settings, task: Task[P], adapter: Path, base: P | None) 
     differing = differences(own, base)
     if not differing:
         return base
+    if task.new_tokens:
+        # what the base reads, where it is compared with
+        setattr(tokenizer_in(own), PLAIN, plain_of(tokenizer_in(base)))
     logger.warning(
         "%s of the base model %s differs now from that in %s, with which the adapter was "
         "trained and which is used",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import datasets
-import pyarrow.compute
 import tokenizers
 import transformers
 from datasets import Dataset, Features
@@ -181,11 +180,11 @@ def without_progress_bars() -> Generator[None]:
 def values_of(rows: Dataset, name: str) -> Iterator[Any]:
     """Yield the values of a column."""
     for part in rows.select_columns(name).iter(AT_ONCE):
-        yield from part[name]  # ty: ignore[invalid-argument-type]
+        yield from part[name]
 
 
 def sizes_of(rows: Dataset, name: str) -> list[int]:
     """Return the lengths of the lists in a column."""
     parts = rows.select_columns(name).with_format("arrow").iter(AT_ONCE)
-    sizes = (pyarrow.compute.list_value_length(part[name]).to_pylist() for part in parts)
+    sizes = (part[name].combine_chunks().value_lengths().to_pylist() for part in parts)
     return [size for part in sizes for size in part]

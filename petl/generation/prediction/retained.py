@@ -58,5 +58,6 @@ def evaluate_retained(
     if saved.run is not None and (saved.run / SCORES).is_file():
         scores = read_scores(saved.run)
         if KEY not in scores:
+            write_texts(saved.run, found, rows, processor)
             write_atomic(saved.run / SCORES, as_json({**scores, KEY: found.entry()}, in_order=True))
     return found

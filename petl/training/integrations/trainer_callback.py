@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
@@ -23,6 +30,7 @@ from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import made_by
 from petl.system.files.disk import write_atomic
 from petl.training.retain.compare import retained
+from petl.training.retain.measure import base_with
 from petl.training.retain.rows import CURVE
 from petl.training.runs.checkpoint import LIFECYCLE, contiguous
 from petl.training.runs.resume import NOT_RESUMABLE
@@ -122,6 +130,9 @@ class Callback(TrainerCallback, ExportableState):
         else:
             self._restore(method_lifecycle, args, state)
         self._measured = -1
+        if self.retain:  # before anything is trained
+            _tokenizer_of(kwargs, len(self.retain))
+            base_with(kwargs["model"], None)
         # after `_restore`, which needs the identifier in the checkpoint
         self.run, self.folder = uuid4().hex, str(output_folder(args))
         # a checkpoint written without this callback lacks this entry, which Trainer reads on save
@@ -174,13 +185,11 @@ class Callback(TrainerCallback, ExportableState):
             return
         # an evaluation after the last step is also the end
         self._measured = state.global_step
-        tokenizer = given.get("processing_class")
-        if tokenizer is None:
-            raise InputError(
-                f"petl.Callback(retain=...) tokenizes {len(self.retain)} texts, and Trainer has no "
-                "processing_class: pass the tokenizer as Trainer(processing_class=...)"
-            )
-        found = retained(given["model"], self.retain, tokenizer)
+        tokenizer = _tokenizer_of(given, len(self.retain))
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        # in the precision of the training
+        with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
+            found = retained(given["model"], self.retain, tokenizer)
         logs = {CURVE[found.kind]: found.change}
         logger.info("step %d: %s", state.global_step, found)
         state.log_history.append({**logs, "step": state.global_step})
@@ -340,6 +349,21 @@ def find_state(folders: list[Path], wanted: dict[str, str]) -> dict[str, Tensor]
                 f"cannot resume from {file} ({error}); choose another checkpoint"
             ) from error
     return None
+
+
+def _tokenizer_of(given: Given, texts: int) -> PreTrainedTokenizerBase:
+    """Return what Trainer tokenizes with.
+
+    Raises:
+        InputError: it has none.
+    """
+    tokenizer = given.get("processing_class")
+    if tokenizer is None:
+        raise InputError(
+            f"petl.Callback(retain=...) tokenizes {texts} texts, and Trainer has no "
+            "processing_class: pass the tokenizer as Trainer(processing_class=...)"
+        )
+    return tokenizer
 
 
 def micro_batches_of(

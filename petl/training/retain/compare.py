@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from petl.core.model.names import input_embedding
 from petl.core.parameters import max_positions
 from petl.core.types import base_of
+from petl.data.models.new_tokens import added_rows
 from petl.errors import InputError
 from petl.training.retain import drift
 from petl.training.retain.drift import Drift
@@ -70,9 +71,16 @@ def measured(
 
 
 def check_vocabulary(model: nn.Module, rows: Iterable[RetainedRow]) -> None:
-    """Raise InputError if a text has a token that the model has no embedding of."""
+    """Raise InputError if a text has a token that the model or its base has no embedding of."""
+    own, added = {token for row in rows for token in row.ids}, added_rows(base_of(model))
+    new = next((token for token in added if token in own), None)
+    if new is not None:
+        raise InputError(
+            f"the tokenizer gives token {new}, which the base did not have: pass the tokenizer of "
+            "the base, with which it is compared"
+        )
     known = getattr(input_embedding(base_of(model)), "num_embeddings", None)
-    most = max((token for row in rows for token in row.ids), default=0)
+    most = max(own, default=0)
     if known is not None and most >= known:
         raise InputError(
             f"the tokenizer gives token {most}, and the model has {known}: it is that of another "

@@ -226,8 +226,13 @@ def _heads(model: nn.Module, trained: Collection[str] | None) -> list[nn.Module]
     base = base_of(model)
     if trained is None and isinstance(model, PeftModel):
         trained = facts_of(model.active_peft_config).modules_to_save
-    # a norm that trains in a block is no head
-    found = [module for name, module in base.named_children() if name in (trained or ())]
+    # a norm that trains in a block is no head; a pooler in the body is the first part of one
+    found = [
+        module
+        for name, module in base.named_modules()
+        if name.rpartition(".")[2] in {each.rpartition(".")[2] for each in trained or ()}
+        and ("." not in name or name.endswith("pooler"))
+    ]
     head = find_head(base)
     return [*found, *([head] if head is not None and head not in found else [])]
 

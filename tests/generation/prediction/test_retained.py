@@ -72,6 +72,9 @@ def test_a_run_gets_the_measure_once(kept_run, texts, tmp_path):
     scores = json.loads((run / "scores.json").read_text())
     found = json.loads((run / "eval-retained" / "scores.json").read_text())
     assert scores["retained"] == found["retained"]
+    page = (run / "report.html").read_text()
+    assert "What was lost" in page
+    assert "What was lost on each" in page
     texts.write_text(json.dumps({"text": "another text"}))
     assert main(["eval", str(run), "--retain", str(texts)]) == 0
     again = json.loads((run / "eval-retained" / "scores.json").read_text())

@@ -25,6 +25,7 @@ from petl.adapters.export.lora import export_lora
 from petl.adapters.export.merge import merge
 from petl.adapters.export.saved_adapter import find, score
 from petl.data.models.new_tokens import plain_of
+from petl.errors import InputError
 from petl.generation.inference.loading import load_language_model
 from petl.testing import logits
 from petl.training.retain.texts import texts_of
@@ -146,6 +147,21 @@ def test_what_was_lost_is_compared_with_the_base_as_it_was(tiny, tmp_path):
     assert plain_of(extended) is extended  # of another process
     with_base = petl.retained(model, texts, tokenizer, base=base)
     assert with_base.loss_before == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.thorough
+def test_texts_with_new_tokens_are_measured_as_the_base_reads_them(tiny, tmp_path):
+    texts = [f"the emu and a very old cat {n}" for n in range(9)]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
+    words = [*tiny.complete, "+method=lora", SETTING, "retain.rows=9", f"retain.data={file}"]
+    run = train(words, tmp_path / "run")
+    shown = json.loads((run.path / "retained_tokens.json").read_text())
+    assert {"".join(piece for piece, _ in each["pieces"]) for each in shown} <= {*texts}
+    model = find(run.path).model()
+    extended = AutoTokenizer.from_pretrained(run.path / "adapter")
+    with pytest.raises(InputError, match="tokenizer of the base"):
+        petl.retained(model, texts, extended)
 
 
 @pytest.mark.cells(1)

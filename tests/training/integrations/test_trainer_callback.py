@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 import petl
 from petl import testing
+from petl.errors import InputError, UnsupportedError
 
 
 def rows(count: int) -> Dataset:
@@ -446,6 +447,25 @@ def test_retained_texts_are_measured_at_evaluations_and_at_the_end(tmp_path):
     assert lines[-1]["retained_lost"] == pytest.approx(expected, abs=1e-6)
     again = petl.Callback(**petl.Callback(retain=texts).state()["args"])
     assert again.retain == texts
+
+
+def test_what_cannot_be_measured_ends_before_the_first_step(tmp_path):
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>")
+    changed = wrapped("lora", init_lora_weights="pissa")  # its base is another one
+    for model, given, error in (
+        (wrapped("lora"), None, InputError),
+        (changed, tokenizer, UnsupportedError),
+    ):
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, max_steps=5),
+            train_dataset=rows(20),
+            processing_class=given,
+            callbacks=[petl.Callback(retain=["a plain sentence"])],
+        )
+        with pytest.raises(error):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 def test_the_last_measure_is_of_the_model_that_is_returned(tmp_path):

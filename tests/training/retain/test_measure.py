@@ -13,6 +13,7 @@ from peft import PromptTuningConfig, get_peft_model
 from tiny_tokenizers import byte_tokenizer
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -243,6 +244,16 @@ def test_features_of_an_embedder_are_its_vectors(pooling, tokenizer):
         sides.append(torch.stack([pools[pooling](each) for each in states]).double())
     drifts = 1 - torch.cosine_similarity(*sides)
     assert found.drift == pytest.approx(float(drifts.mean()), rel=1e-4)
+
+
+def test_a_new_pooler_in_the_body_is_a_part_of_the_head(tokenizer):
+    base = BertForSequenceClassification(BertConfig(vocab_size=272, **SIZES, num_attention_heads=4))
+    model = petl.wrap(base.eval(), "lora", task_type="SEQ_CLS", modules_to_save=["pooler"])
+    for name, parameter in model.named_parameters():
+        if "pooler.modules_to_save" in name:
+            parameter.data.add_(torch.randn_like(parameter))
+    # what goes into it has not moved
+    assert petl.retained(model, TEXTS, tokenizer).drift == 0.0
 
 
 def test_a_new_adapter_of_a_classifier_has_drifted_by_nothing_to_the_bit(tokenizer):

@@ -21,7 +21,8 @@ from petl.errors import InputError
 from petl.experiments.reports.run_report import write_page
 from petl.system.processes import release_all
 from petl.training.frozen import FrozenStore
-from petl.training.retain.measure import Retained
+from petl.training.retain.measure import Retained, RetainedText
+from petl.training.retain.page import line_of
 from petl.training.retain.replay import ReplayOrder
 from petl.training.retain.rows import RetainedRow
 from petl.training.retain.run import Retaining
@@ -127,10 +128,16 @@ def test_what_the_start_of_a_method_has_lost_is_told_apart(task, method, familie
     assert f"; {at_start:+.2g} before the first step" in (run.path / "report.html").read_text()
 
 
-def test_a_resumed_run_keeps_what_its_start_had_lost(families, texts, tmp_path, monkeypatch):
-    words = families("causal_lm", "train.linear_probe=false", texts, *MEASURED, *NOT_THE_BASE)
+def test_a_resumed_run_keeps_what_its_start_had_lost(families, tmp_path, monkeypatch):
+    file = tmp_path / "many.jsonl"
+    many = [f"the cat and a red dog {n}" for n in range(80)]
+    file.write_text("".join(f"{json.dumps({'text': text})}\n" for text in many))
+    # a run of eight steps pays for all of them
+    monkeypatch.setattr("petl.training.retain.run.SHARE", 10.0)
+    words = families("causal_lm", "train.linear_probe=false", f"retain.data={file}", *NOT_THE_BASE)
     words += ["train.save_steps=4"]
     whole = train(words, tmp_path / "whole")
+    assert whole.scores["retained"]["rows"] == 40, "half of them, since the start is measured too"
 
     def kill(self, step, optimizer):
         if step == 6:
@@ -149,6 +156,16 @@ def test_a_resumed_run_keeps_what_its_start_had_lost(families, texts, tmp_path, 
 
 
 @pytest.mark.thorough
+def test_a_loss_that_is_not_finite_is_said():
+    for after, word in ((900.0, "inf"), (math.nan, "nan")):
+        lost = Retained.of([RetainedText("a b", 3, 1.0, after)])
+        entry = json.loads(json.dumps(lost.entry()))
+        assert word in line_of({"retained": entry, "retained_at_start": 0.25})
+        assert "+0.25 before the first step" in line_of(
+            {"retained": entry, "retained_at_start": 0.25}
+        )
+
+
 def test_a_limit_is_measured_in_a_short_run_too(families, texts, tmp_path):
     words = families("causal_lm", "+method=lora", "train.linear_probe=false", texts)
     run = train([*words, "retain.limit=5"], tmp_path / "run")
