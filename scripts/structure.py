@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 14765,
     "efficiency": 10170,
     "data": 17125,
-    "training": 17150,
+    "training": 17200,
     "methods": 19835,
     "adapters": 9200,
     "generation": 7975,
