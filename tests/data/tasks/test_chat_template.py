@@ -67,6 +67,45 @@ def test_what_no_deadline_can_stop_is_refused(template):
 
 
 @pytest.mark.parametrize(
+    "expression",
+    [
+        *("n * 2 * n", "n * 0 | default(n, true)", "n ** 3", "n // m", "n % m", "n // 1 | add"),
+        *("n | round(20000000, 'ceil')", "n | round(precision=m)", "n | round(-20000000)"),
+        *("[n] | map('round', 9999, 'ceil')", "[n] | map(name, 9)", "[n] | map('ro' ~ 'und', 9)"),
+        *("[n] | map('ro\\x75nd', 9)", "[n] | map('ro' 'und', 9)", "[n] | map(*names)"),
+        *("n is divisibleby m", "n is not divisibleby(m)", "[n] | select('divisibleby', m)"),
+        *("'a' | center(10000000000)", "'a' | indent(m)", "messages | batch(m, 'a')"),
+        *("'a'.ljust(m)", "'a'.zfill(99999)", "'a'['rjust'](m)", "('a' | attr('ljust'))(m)"),
+        *("x.rfind(y)", "x.rsplit(y)", "x.rsplit('" + "a" * 1001 + "')", "x.rindex"),
+        *("'a'.center(900 + 900)", "'a'.center((99999))"),
+    ],
+)
+def test_an_argument_that_gives_the_time_of_one_instruction_is_small(expression):
+    with pytest.raises(InputError, match="in line 2, which may take hours"):
+        check_template("{# #}\n{{ " + expression + " }}", "it")
+
+
+def test_a_filter_of_a_block_is_bounded():
+    with pytest.raises(InputError, match="has round in line 1"):
+        check_template("{% filter round(20000000, 'ceil') %}3{% endfilter %}", "it")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("'a' | indent", "'a' | indent(4)", "'a' | indent(width=2, first=true)", "n | round"),
+        *("n | round(2, 'floor')", "(loop.index0 % 2 == 0) != n", "'%s %d' % (a, b)", "n // 2"),
+        *("x.rsplit('</think>', 1)[-1]", "n is divisibleby 2", "n is divisibleby(3)"),
+        *("a | map('upper') | join(', ')", "a | map(attribute='b')", "a | map(attribute=b)"),
+        *("tools | tojson(indent=4)", "a | select('equalto', b)", "a | select", "f(a, round)"),
+        *("round + center", "[x] | batch(2)", "{'indent': 4}", "n * 2 * 3", "2 * n + 3 * m"),
+    ],
+)
+def test_what_templates_of_models_write_is_allowed(expression):
+    check_template("{{ " + expression + " }}", "it")
+
+
+@pytest.mark.parametrize(
     "template",
     [
         "{{ '-' * 20 }} {{ 2 * loop.index0 }} {{ x * 0.5 }}",
