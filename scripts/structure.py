@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 3660,
     "core": 14765,
     "efficiency": 10170,
-    "data": 17125,
+    "data": 17200,
     "training": 17200,
     "methods": 19835,
     "adapters": 9200,
