@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from binary_fixtures import LORA, MOS, logits, trained, wrapped
+from binary_fixtures import LORA, MOS, logits, stir, trained, wrapped
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -88,6 +88,25 @@ def steps(model, batch, count, *, first=1, lr=1e-2, optimizer=None, parts=None):
         life.after_step(step, optimizer)
         optimizer.zero_grad()
     return optimizer
+
+
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.3}])
+def test_only_what_is_not_coded_decays(batch, decay):
+    model = stir(wrapped(**LORA, steps="pv", exclude_params=["lora_B"]))
+    parameters = trained(model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    group = {"params": [*parameters.values()], "lr": 0.1, **decay}
+    optimizer = petl.lifecycle(model).make_optimizer([group])
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    factor = 1 - 0.1 * decay.get("weight_decay", 0.01)  # that of AdamW
+    for name, parameter in parameters.items():
+        left = factor if "lora_B" in name else 1.0
+        torch.testing.assert_close(parameter.detach(), left * before[name])
+    stats = {id(w.stats) for w in weights_of(model)}
+    rates = {g["lr"] for g in optimizer.param_groups if {*map(id, g["params"])} & stats}
+    assert rates == {0.1}
 
 
 def test_gradients_reach_mean_deviation_and_buffer():

@@ -88,7 +88,7 @@ def drop_tokens(  # noqa: PLR0913 (its settings are its interface)
         The number of layers.
 
     Raises:
-        InputError: a value is not allowed, or the file does not fit.
+        InputError: a value is not allowed, the file does not fit, or nothing reads it.
         UnsupportedError: the model is no such decoder, or its adapters read other positions.
     """
     check_module(model, "petl.drop_tokens")
@@ -160,15 +160,16 @@ class DropTokens(Rewrite):
     def scorers(self, base: PreTrainedModel, numbers: Sequence[int]) -> dict[int, Scorer]:
         """Return the function of each layer that scores blocks."""
         settings = self.settings
+        if (settings.scorer == "predictor") != (settings.predictor is not None):
+            raise InputError(
+                f"scorer={settings.scorer} with predictor={settings.predictor}: scorer=predictor "
+                "and a file that `petl train-predictors` has written go together"
+            )
         if settings.scorer == "norm":
             return dict.fromkeys(numbers, partial(by_norm, settings.block))
         if settings.scorer == "oracle":
             return dict.fromkeys(numbers, partial(by_oracle, settings.block))
-        if settings.predictor is None:
-            raise InputError(
-                f"scorer={settings.scorer} needs predictor=FILE, which `petl train-predictors` "
-                "writes"
-            )
+        assert settings.predictor is not None
         heads = base.config.get_text_config().num_attention_heads
         file = Path(settings.predictor).expanduser()
         predictors = Predictors.load(file, numbers, settings.block, heads, width_of_states(base))

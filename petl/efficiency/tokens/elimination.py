@@ -31,7 +31,7 @@ LACKS: Mapping[str, str] = {
     Capability.TOGETHER: "tokens=lemo leaves out tokens by the states of one run",
 }
 ASKING = "petl_queries_and_keys"  # an implementation of attention that computes none
-CACHES = ("cache", "past_key_values", "past_key_value")
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 Scorer = Callable[["TokenBlock", Tensor, Tensor, Arguments], Tensor]
 
 
@@ -65,11 +65,11 @@ class TokenBlock(SwappedClass):
         tokens, positions = hidden.shape[1], kwargs.get("position_ids")
         if self.choice.count(tokens) * self.choice.block >= tokens:
             return None
-        # positions begin again with each text; those of a plan have no values
-        known = isinstance(positions, Tensor) and not isinstance(positions, FakeTensor)
-        if known and bool((positions.diff() < 0).any()):
-            return None
         valid = valid_tokens(kwargs.get("attention_mask"), hidden)
+        # those of a plan have no values
+        known = isinstance(positions, Tensor) and not isinstance(positions, FakeTensor)
+        if known and has_several(positions, valid):
+            return None
         return self.choice.positions(self.scorer(self, hidden, valid, kwargs), valid)
 
     def forward(
@@ -153,6 +153,17 @@ def valid_tokens(mask: Tensor | None, hidden: Tensor) -> Tensor:
         allowed = mask if mask.dtype == torch.bool else mask > -1
         mask = allowed.diagonal(dim1=-2, dim2=-1)[:, 0]
     return mask.expand(len(hidden), -1).bool()
+
+
+def has_several(positions: Tensor, valid: Tensor) -> bool:
+    """Return True if a row has several texts: with each of them positions begin again.
+
+    Args:
+        positions: [B or 1, T]; those of padding may be anything.
+        valid: False for padding, [B, T].
+    """
+    positions = torch.where(valid, positions, -1)
+    return bool((valid & (positions < positions.cummax(-1).values)).any())
 
 
 # Queries and keys of an attention, for `oracle` and to train predictors

@@ -27,8 +27,11 @@ def refusal_of_tokens(base: nn.Module) -> str:
         return "it is not a model of transformers"
     if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
         return "it is no decoder: other positions are read than those before"
-    if not all_layers(base):
+    attentions = [layer.module.get_submodule(layer.attention) for layer in all_layers(base)]
+    if not attentions:
         return "its layers have no attention with rotary positions that they pass to it"
+    if not all(getattr(each, "is_causal", True) for each in attentions):
+        return "its tokens attend to later ones too, as in masked language models"
     return ""
 
 

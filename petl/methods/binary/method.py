@@ -171,9 +171,9 @@ class Binary(Outer):
 
     def optimizer(self, t: Training) -> Optimizer | None:
         """That of the inner method, or AdamW with groups of their own for the buffers."""
-        configs = {id(w.weight): config for config, weights in _coded(t) for w in weights}
+        coded = [*_coded(t)]
         own = super().optimizer(t)
-        return optimizer_of(t.groups, configs) if own is None and configs else own
+        return optimizer_of(t.groups, coded) if own is None and coded else own
 
     def is_idle(self, t: Training) -> bool:
         """True if no codes train."""

@@ -213,33 +213,45 @@ def distance(weights: Sequence[CodedWeight]) -> float:
     return float(apart_L.norm() / norm_L.norm())
 
 
-def optimizer_of(groups: Iterable[Group], configs: Mapping[int, Steps]) -> Optimizer:
-    """Return AdamW over these groups, with groups of their own for the buffers.
+def optimizer_of(
+    groups: Iterable[Group], coded: Iterable[tuple[Steps, Sequence[CodedWeight]]]
+) -> Optimizer:
+    """Return AdamW over these groups: buffers in groups of their own, and statistics do not decay.
 
     Args:
         groups: of all parameters.
-        configs: by id of a buffer, the config of its adapter.
+        coded: the config of each adapter, with its weights.
     """
-    parts = [part for group in groups for part in _parts(group, configs)]
+    # of statistics None: they keep the rate of their group
+    steps: dict[int, Steps | None] = {}
+    for config, weights in coded:
+        for weight in weights:
+            steps |= {id(weight.weight): config, id(weight.stats): None}
+    parts = [part for group in groups for part in _parts(group, steps)]
     # few groups, as in `petl train`: one fused kernel for each and step
     tensors = [tensor for part in parts for tensor in part["params"]]
     # shapes alone have no fused kernel
     return AdamW(parts, fused=not any(tensor.is_meta for tensor in tensors))
 
 
-def _parts(group: Group, configs: Mapping[int, Steps]) -> Iterator[Group]:
-    """Yield a group without its buffers, then groups of these, with their rate and betas."""
-    found: dict[tuple[float, ...], list[Tensor]] = {}
+def _parts(group: Group, steps: Mapping[int, Steps | None]) -> Iterator[Group]:
+    """Yield a group without its coded weights, then groups of these: statistics, buffers."""
+    found: dict[tuple[float, ...] | None, list[Tensor]] = {}
     for parameter in group["params"]:
-        config = configs.get(id(parameter))
-        key = () if config is None else (config.pv_lr_ratio, *config.pv_betas)
+        key: tuple[float, ...] | None = None
+        if (config := steps.get(id(parameter))) is not None:
+            key = (config.pv_lr_ratio, *config.pv_betas)
+        elif id(parameter) in steps and group.get("weight_decay") != 0:
+            key = ()
         found.setdefault(key, []).append(parameter)
     for key, parameters in found.items():
         part = {**group, "params": parameters}
+        if key is not None:
+            part["weight_decay"] = 0.0
         if key:
             ratio, *betas = key
             # `initial_lr` is the peak of a schedule, where there is one
             rates = {name: group.get(name, LR) * ratio for name in ("lr", "initial_lr")}
             part |= rates if "initial_lr" in group else {"lr": rates["lr"]}
-            part |= {"betas": tuple(betas), "weight_decay": 0.0}
+            part["betas"] = tuple(betas)
         yield part

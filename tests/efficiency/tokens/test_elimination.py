@@ -8,6 +8,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    EuroBertConfig,
+    EuroBertForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -18,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -187,6 +191,31 @@ def test_all_blocks_kept_change_nothing(scorer):
     torch.testing.assert_close(model(**inputs).logits, expected.logits, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_at_all_positions_is_that_without_them(name, left):
+    model, inputs = model_for(name), batch(left=left)
+    expected = model(**inputs)
+    expected.loss.backward()
+    wanted = gradients(model)
+    petl.drop_tokens(model, block=BLOCK, keep=KEEP, scorer="oracle", layers="all")
+    counts = []
+
+    def widen(module, args, kwargs):
+        counts.append(kwargs["kept_tokens"].shape[1])
+        return args, {**kwargs, "kept_tokens": torch.arange(30).expand(3, -1)}
+
+    body = model.get_base_model().base_model
+    for layer in body.layers:
+        layer.register_forward_pre_hook(widen, with_kwargs=True)
+    output = model(**inputs)
+    output.loss.backward()
+    assert len(counts) == 4
+    assert max(counts) < 30  # what was chosen, before
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients(model), wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_only_training_passes_leave_tokens_out():
     model, inputs = model_for("llama"), batch()
     model.eval()
@@ -248,6 +277,19 @@ def test_an_mlp_keeps_channels_for_backward(keep):
     torch.testing.assert_close(gradients(model), gradients(reference), atol=1e-7, rtol=1e-5)
 
 
+def test_all_channels_kept_are_the_whole_gradient_in_float64():
+    model = model_for("llama").double()
+    inputs = batch()
+    plain = model(**inputs)
+    plain.loss.backward()
+    wanted = gradients(model)
+    petl.drop_tokens(model, keep=1.0, mlp_keep=0.99, layers="all")  # 48 of 48, rounded up
+    output = model(**inputs)
+    output.loss.backward()
+    assert torch.equal(output.logits, plain.logits)
+    torch.testing.assert_close(gradients(model), wanted, atol=1e-14, rtol=1e-12)
+
+
 def test_other_mlps_recompute_and_those_with_fewer_channels_stay():
     model, inputs = model_for("llama"), batch()
     petl.drop_tokens(model, keep=KEEP, block=BLOCK, mlp_keep=0.5)
@@ -278,6 +320,44 @@ def test_what_is_no_decoder_with_rotary_positions_is_refused():
     for base in (gpt2, bert, nn.Linear(2, 2)):
         with pytest.raises(UnsupportedError, match="no tokens can be left out"):
             petl.drop_tokens(base)
+
+
+def bidirectional(name: str):
+    tiny = {**SMALL, "num_hidden_layers": 2}
+    if name == "modernbert":
+        special = dict.fromkeys(("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id"), 1)
+        return ModernBertForMaskedLM(ModernBertConfig(**tiny, **special))
+    if name == "eurobert":
+        return EuroBertForMaskedLM(EuroBertConfig(**tiny))
+    config = Gemma2Config(**{**GROUPED, "num_hidden_layers": 2}, head_dim=8)
+    config.use_bidirectional_attention = True
+    return Gemma2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "eurobert", "gemma2"])
+def test_a_model_whose_tokens_attend_to_later_ones_is_refused(name):
+    model = bidirectional(name)
+    with pytest.raises(UnsupportedError, match="later ones"):
+        petl.drop_tokens(model)
+    with pytest.raises(UnsupportedError, match="later ones"):
+        petl.drop_tokens(petl.wrap(model, "lora", r=2, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("left", [False, True])
+def test_positions_of_padding_are_no_second_text(left, attn):
+    model, inputs = model_for("llama", attn), batch(left=left)
+    mask = inputs["attention_mask"]
+    # as generate() has them: padding is at 1, wherever it stands
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    whole = model(**inputs).loss
+    petl.drop_tokens(model, block=BLOCK, keep=KEEP)
+    part = model(**inputs).loss
+    assert abs(part - whole) > 1e-4
+    # rotary attention depends on distances alone
+    torch.testing.assert_close(
+        model(**inputs, position_ids=positions).loss, part, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_rows_of_several_texts_are_computed_whole():
@@ -312,6 +392,8 @@ def test_adapters_that_read_other_positions_are_refused():
         ({"layers": []}, "layers"),
         ({"scorer": "median"}, "oracle"),
         ({"scorer": "predictor"}, "train-predictors"),
+        ({"predictor": "none.safetensors"}, "scorer=norm with predictor=none"),
+        ({"predictor": "none.safetensors", "scorer": "oracle"}, "go together"),
         ({"always_last": -1}, "always_last"),
         ({"mlp_keep": 0.0}, "mlp_keep"),
     ],

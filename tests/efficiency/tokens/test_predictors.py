@@ -49,6 +49,15 @@ def batches(count: int, rows: int = 4, tokens: int = 64):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def test_the_oracle_keeps_planted_needles():
+    model = petl.wrap(planted(), "lora", r=2, target_modules=["q_proj"]).train()
+    settings = {"block": 4, "keep": 0.42, "always_first": 0, "always_last": 0}
+    assert petl.drop_tokens(model, **settings, scorer="oracle") == 2
+    needles = torch.stack([batch["input_ids"] == NEEDLE for batch in batches(3)])
+    blocks = needles.unflatten(-1, (16, 4)).any(-1)
+    assert torch.equal(kept_tokens(model), blocks.repeat_interleave(4, dim=-1))
+
+
 @pytest.fixture(scope="module")
 def trained():
     return train_predictors(planted(), batches(290), block=4, keep=0.42, lr=3e-3)
