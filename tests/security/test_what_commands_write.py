@@ -7,6 +7,9 @@ import pytest
 from training_fixtures import train
 
 from petl.cli import main
+from petl.errors import InputError
+from petl.training.runs.resume import choose_checkpoint, take_job
+from petl.training.runs.settings import TrainConfig
 
 pytest_plugins = ["training_fixtures"]
 
@@ -73,6 +76,35 @@ def test_no_folder_that_holds_anything_else_is_written(run, tmp_path, command, c
         assert content(tmp_path) == before, what
 
 
+@pytest.mark.parametrize("place", PLACES.values())
+def test_no_run_is_begun_in_a_folder_that_holds_anything_else(run, tiny, tmp_path, place):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for name in ("THEIRS", "RESULTS"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text("{}")
+    before = content(tmp_path)
+    place = place.replace("RUN", str(copy)) if "RUN" in place else tmp_path / place
+    settings = [*tiny.steady, "train.steps=2", "+method=lora", "train.lr=0.03"]
+    with pytest.raises(InputError, match=str(place)):
+        train(settings, place)
+    if "/adapter" in str(place):
+        with pytest.raises(InputError, match=str(place)):
+            choose_checkpoint(TrainConfig(output=str(place)), {})
+        with pytest.raises(InputError, match=str(place)):
+            take_job(str(place), {})
+    assert content(tmp_path) == before
+
+
+def test_the_folder_of_the_recovery_is_nobody_elses(run, tmp_path, capsys):
+    place = tmp_path / "small.train"
+    place.mkdir()
+    (place / "notes.txt").write_text("mine")
+    assert status_of("shrink", run, tmp_path / "small") == 2
+    assert f"{place} already exists" in capsys.readouterr().err
+    assert [path.name for path in place.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.cells(1)
 @pytest.mark.parametrize(
     "words",
@@ -80,6 +112,7 @@ def test_no_folder_that_holds_anything_else_is_written(run, tmp_path, command, c
         ("eval", "RUN"),
         ("eval", "RUN", "--out", "RUN/eval-mine"),
         ("compare", "RUN", "--out", "OUT"),
+        ("squeeze", "RUN", "--share", "0.5", "--rows", "8", "--generations", "1", "--out", "OUT"),
     ],
 )
 def test_a_command_writes_its_own_place_again_unless_it_holds_more(run, tmp_path, words):
@@ -87,7 +120,7 @@ def test_a_command_writes_its_own_place_again_unless_it_holds_more(run, tmp_path
     shutil.copytree(run, copy)
     places = {"RUN": copy, "OUT": tmp_path / "page"}
     words = [str(places.get(w, w)).replace("RUN/", f"{copy}/") for w in words]
-    place = tmp_path / "page" if words[0] == "compare" else copy / "eval-test"
+    place = tmp_path / "page" if words[0] in ("compare", "squeeze") else copy / "eval-test"
     place = copy / "eval-mine" if "--out" in words and words[0] == "eval" else place
     assert [status_of(*words) for _ in range(2)] == [0, 0]
     (place / "notes.txt").write_text("mine")
@@ -96,16 +129,20 @@ def test_a_command_writes_its_own_place_again_unless_it_holds_more(run, tmp_path
     assert content(tmp_path) == before
 
 
-def test_a_named_file_is_replaced_but_never_one_of_a_run(run, tmp_path):
+def test_a_named_file_is_replaced_but_never_one_of_a_run(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (tmp_path / "new.csv").write_text("text\nhello\n")
     (tmp_path / "out.jsonl").write_text("old")
     predict = ("predict", copy, tmp_path / "new.csv", "--out")
+    (copy / "eval-test").mkdir()
+    shutil.copy(copy / "scores.json", copy / "eval-test")
     before = content(copy)
-    for name in ("metrics.jsonl", "predictions.jsonl", "adapter/new.jsonl"):
+    named = ("metrics.jsonl", "predictions.jsonl", "adapter/new.jsonl", "eval-test/scores.json")
+    for name in named:
         assert status_of(*predict, copy / name) == 2
         assert status_of("batch-sizes", "--output", copy / name) == 2
+        assert f"{copy / name} is " in capsys.readouterr().err.splitlines()[-1]
     assert content(copy) == before
     assert status_of(*predict, tmp_path / "out.jsonl") == 0
     assert "old" not in (tmp_path / "out.jsonl").read_text()

@@ -14,11 +14,13 @@ from tempfile import TemporaryDirectory
 from accelerate import Accelerator
 
 from petl.adapters.export.saved_adapter import SavedAdapter
+from petl.adapters.export.shipped import chosen
 from petl.adapters.search.divergence import Divergence, TaskLoss
 from petl.adapters.search.evolve import Evolution, even, evolution_of, evolve
 from petl.adapters.search.picture import draw, uniform
 from petl.adapters.search.records import PICTURE, SEARCH, SearchRecord, SearchResult, SearchSettings
 from petl.adapters.search.units import Feature, swapped
+from petl.core.adapter_folder import CONFIG
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.streaming import StreamedRows
 from petl.errors import InputError, shown
@@ -115,8 +117,13 @@ def read_record(out: Path, saved: SavedAdapter, settings: SearchSettings) -> Sea
         InputError: the folder is taken by something else, or by a search with other settings.
     """
     file = out / SEARCH
+    # what is written are files of an adapter, and further ones of the original
+    files = (*out.glob("*"), *out.glob("*/*"))
+    present = [path.relative_to(out).as_posix() for path in files]
+    own = [name.split("/")[0] for name in chosen([CONFIG, *present])]
+    own += [path.name for path in saved.adapter.iterdir() if path.is_file()]
+    check_output(out, (SEARCH, PICTURE, *own), (SEARCH,))
     if not file.is_file():
-        check_output(out)
         return None
     raw = read_json(file, SearchRecord)
     given = asdict(settings)

@@ -31,7 +31,7 @@ from petl.data.tasks.base import write_task
 from petl.errors import InputError, RunStopped
 from petl.system.collectives import on_main
 from petl.system.files.disk import as_json, copy_file, write_atomic
-from petl.system.files.outputs import new_folder
+from petl.system.files.outputs import check_output, new_folder
 from petl.system.files.read import parse_json, read_json
 from petl.system.progress import Pass, ProgressItems
 from petl.training.calibration import CalibrationData, calibration_batches
@@ -102,6 +102,7 @@ class Work:
         Raises:
             InputError: they are others, or the folder is something else.
         """
+        check_output(self.base.parent, (BASE, RUN), (BASE,))
         if not self.base.exists():  # it appears when it is complete
             return None
         record = read_json(self.base / FILE, dict[str, Any])

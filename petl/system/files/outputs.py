@@ -40,7 +40,7 @@ def check_output(
             or model.
     """
     if not inside:
-        _refuse_inside(out)
+        refuse_inside(out)
     is_link = out.is_symlink()  # a folder cannot be renamed to one
     if not out.exists() and not is_link:
         return
@@ -59,12 +59,14 @@ def check_output_file(file: Path) -> None:
     Raises:
         InputError: it is a file of a run, or inside of an adapter, drafter, checkpoint or model.
     """
-    _refuse_inside(file)
-    if file.exists() and _has(file.absolute().parent, RUN):
-        raise InputError(f"{file} is a file of the run {file.parent}; choose another name")
+    refuse_inside(file)
+    run = next((each for each in file.absolute().resolve().parents if _has(each, RUN)), None)
+    if file.exists() and run is not None:
+        raise InputError(f"{file} is a file of the run {run}; choose another name")
 
 
-def _refuse_inside(path: Path) -> None:
+def refuse_inside(path: Path) -> None:
+    """Raise InputError if a path is inside of an adapter, drafter, checkpoint or model."""
     folder = path.absolute().parent.resolve()
     for parent in (folder, *folder.parents):
         kind = next((kind for kind, names in WHOLE if _has(parent, names)), None)

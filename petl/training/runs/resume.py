@@ -9,6 +9,7 @@ from pathlib import Path
 from petl.core.types import Settings
 from petl.errors import InputError, JobSkipped
 from petl.system.files.disk import MANIFEST, check_writable
+from petl.system.files.outputs import refuse_inside
 from petl.system.processes import LOCK, claim, release, try_claim
 from petl.system.settings.command_line import in_sweep
 from petl.system.settings.schema import flat
@@ -138,8 +139,8 @@ def choose_checkpoint(settings: TrainConfig, now: Identity) -> Path | None:
         now: the identity of the run.
 
     Raises:
-        InputError: the folder is taken, another process writes to it, or nothing can be written
-            there; the checkpoint is damaged or belongs to another run.
+        InputError: the folder is taken, inside of an adapter or model, written to by another
+            process, or not writable; the checkpoint is damaged or belongs to another run.
         JobSkipped: this is a job of a sweep, and finished or taken by another worker.
     """
     # workers of a sweep share its jobs through locks in the folder of runs
@@ -155,6 +156,7 @@ def choose_checkpoint(settings: TrainConfig, now: Identity) -> Path | None:
         return checkpoint
     if given is not None and given.exists() and not may_start_in(given, settings, now):
         raise exists_already(given, settings.resume)
+    refuse_inside(given or Path(settings.output) / JOBS)  # of the latter, what it will hold
     check_writable(given or Path(settings.output))
     return None
 
@@ -349,10 +351,12 @@ def take_job(output: str, now: Identity) -> None:
         now: the job's identity.
 
     Raises:
+        InputError: the folder is inside of an adapter or model.
         JobSkipped: another worker has it, or it is finished.
     """
     # the lock file of a job is found by the hash of its settings
     job = Path(output) / JOBS / hashlib.sha256(json.dumps(now).encode()).hexdigest()[:16]
+    refuse_inside(job)
     job.mkdir(parents=True, exist_ok=True)
     worker = try_claim(job)
     if worker:

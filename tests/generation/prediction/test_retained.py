@@ -68,8 +68,10 @@ def test_other_evaluations_and_other_columns_are_refused(writers, texts, tmp_pat
 
 def test_a_run_gets_the_measure_once(kept_run, texts, tmp_path):
     run = shutil.copytree(kept_run("causal_lm").path, tmp_path / "run")
+    before = json.loads((run / "scores.json").read_text())
     assert main(["eval", str(run), "--retain", str(texts)]) == 0
     scores = json.loads((run / "scores.json").read_text())
+    assert scores == {**before, "retained": scores["retained"]}
     found = json.loads((run / "eval-retained" / "scores.json").read_text())
     assert scores["retained"] == found["retained"]
     page = (run / "report.html").read_text()
@@ -100,11 +102,13 @@ def test_strength_is_a_dial_of_a_finished_run(families, texts, tmp_path, capsys)
     run = train([*words, "train.linear_probe=false"], tmp_path / "run").path
     given = ["strength", str(run), "--retain", str(texts)]
     out = tmp_path / "softer"
+    before = json.loads((run / "scores.json").read_text())
     assert main([*given, "--choose", "limit=1000", "--out", str(out)]) == 0
     found = json.loads((run / "scores.json").read_text())["strengths"]
     assert [*found["scores"]] == [*found["lost"]] == ["0", "0.25", "0.5", "0.75", "1", "1.25"]
     assert (found["lost"]["0"], found["used"]) == (0.0, 1.0)
     scores = json.loads((run / "scores.json").read_text())
+    assert scores == {**before, "strengths": found}
     assert found["scores"]["1"] == pytest.approx(scores["validation"], rel=1e-4)
     assert "What was learned and lost" in (run / "report.html").read_text()
     chosen = float(capsys.readouterr().out.rpartition("strength ")[2].partition(":")[0])
