@@ -54,14 +54,18 @@ class Heads:
         """The number of query heads of a group."""
         return self.queries // self.groups
 
-    def best_groups(self, model: nn.Module, norms: Tensor, sparsity: float) -> Tensor:
+    def best_groups(
+        self, model: nn.Module, norms: Tensor, sparsity: float, b: float, c: float
+    ) -> Tensor:
         """Return the groups that stay, rising: those with the largest sums of channel scores.
 
         Args:
             norms: of the inputs of the output projection, [H N].
+            sparsity, b, c: as of `petl.shrink`.
         """
         # neither up nor gate: the term of the output projection alone
-        scores = channel_scores(matrix_of(model.get_submodule(self.output)).cpu(), norms)
+        matrix = matrix_of(model.get_submodule(self.output)).cpu()
+        scores = channel_scores(matrix, norms, b=b, c=c)
         totals = scores.view(self.groups, -1).sum(1)
         order = totals.sort(descending=True, stable=True).indices
         return order[: group_count(self.groups, sparsity)].sort().values

@@ -8,6 +8,7 @@ weights; here they leave the model. Widths are multiples of `multiple`. Heads, t
 biases (An et al. 2024, FLAP, arXiv:2312.11983) and equal widths (`widths="even"`) are additions.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ def shrink(  # noqa: PLR0913 - all but two by name
         heads: also remove heads of attention, the same number in every block: groups of query heads
             that share a key and a value, by the sum of the channel scores of the output projection.
         metric: of the importance of blocks.
-        b, c: exponents of the norms, see `channel_scores`.
+        b, c: exponents of the norms, from 0 and above 0, see `channel_scores`.
         bias_correction: add to the bias of the down projection what the removed channels add on
             average; where it has none, nothing changes.
 
@@ -97,8 +98,12 @@ def shrink(  # noqa: PLR0913 - all but two by name
     check_module(model, "petl.shrink")
     require(0 < sparsity < 1, f"sparsity={sparsity} is not between 0 and 1")
     require(
-        isinstance(multiple, int) and multiple >= 1, f"multiple={multiple} is not an integer from 1"
+        type(multiple) is int and multiple >= 1, f"multiple={multiple} is not an integer from 1"
     )
+    # c=0 would score all channels alike
+    for name, power, fits, bound in (("b", b, b >= 0, "from 0"), ("c", c, c > 0, "above 0")):
+        fits &= type(power) is not bool and math.isfinite(power)
+        require(fits, f"{name}={power} is not a finite number {bound}")
     # before the pass, which may take minutes
     choose(WIDTHS, widths, "widths")
     choose(METRICS, metric, "metric")
@@ -114,7 +119,7 @@ def shrink(  # noqa: PLR0913 - all but two by name
         order = scores.sort(descending=True, stable=True).indices  # ties: the smaller index
         kept[path] = {"channels": order[: counts[path]].sort().values}
     groups = {
-        path: each.best_groups(model, sums.norms(each.output), sparsity)
+        path: each.best_groups(model, sums.norms(each.output), sparsity, b, c)
         for path, each in plan.heads.items()
     }
     means = sums.means if bias_correction else {}

@@ -55,6 +55,19 @@ def test_groups_with_the_largest_sums_of_scores_stay():
         assert kept["heads"].tolist() == [2 * g + i for g in best for i in range(2)]
 
 
+@pytest.mark.parametrize(("c", "best"), [(1.0, 1), (9.0, 0)])
+def test_a_high_power_of_the_norms_prefers_groups_with_a_single_large_one(c, best):
+    model = dense("qwen3")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for values in (layer.self_attn.v_proj.weight, layer.self_attn.v_proj.bias):
+                values[0] *= 12  # 19 in sum over the 8 of its group, and of the next one 32
+                values[8:16] *= 4
+    found = petl.shrink(model, batches(model), sparsity=0.6, heads=True, b=0.0, c=c)
+    kept = [kept["heads"].tolist() for kept in found.kept.values()]
+    assert kept == [[2 * best, 2 * best + 1]] * 3
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
     [
