@@ -1,6 +1,6 @@
 """The commands `petl predict` and `petl eval`: a saved adapter on files of the user."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from petl.cli.table import EvalOptions, PredictOptions
@@ -39,6 +39,8 @@ def predict(options: PredictOptions) -> None:
 
         # rows of other tasks are written to parquet with their predictions
         if options.out.suffix == ".npy" or gives_vectors(saved):
+            ignored = {"prefix": options.prefix or None, "max-new-tokens": options.max_new_tokens}
+            none_of(ignored, "is of predictions, and --out has vectors: leave it out")
             file = VectorFile(
                 options.out,
                 options.as_ or "document",
@@ -48,9 +50,7 @@ def predict(options: PredictOptions) -> None:
             write_vectors(saved, names, file, settings, options.batch_size)
             return
     given = {"as": options.as_, "dtype": options.dtype, "calibrate": options.calibrate}
-    alone = next((name for name, value in given.items() if value is not None), None)
-    if alone is not None:
-        raise InputError(f"--{alone}={given[alone]} is of vectors: give --out=NAME.npy or .parquet")
+    none_of(given, "is of vectors: give --out=NAME.npy or .parquet")
     predict_files(
         saved,
         names,
@@ -59,6 +59,15 @@ def predict(options: PredictOptions) -> None:
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
+
+
+def none_of(options: Mapping[str, object], reason: str) -> None:
+    """Raise InputError if one of the options is given, which are None without."""
+    from petl.errors import InputError
+
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name}={value} {reason}")
 
 
 def evaluate(options: EvalOptions) -> None:

@@ -28,11 +28,12 @@ def mine(options: MineOptions) -> None:
     """Write triples with the negatives that an embedder finds hard."""
     from petl.experiments.reports.formatting import echo
     from petl.generation.prediction.mining import Choice, mine, read_pairs
-    from petl.generation.prediction.tables import check_format
+    from petl.generation.prediction.tables import check_format, keep_inputs
     from petl.generation.prediction.vectors import load_embedder, read_corpus
 
     # all files before the model: a wrong one is told in seconds
     check_format("--out", options.out)
+    keep_inputs(options.out, filter(None, [options.corpus, options.queries, options.vectors]))
 
     choice = Choice(options.k, options.margin, options.skip)
     texts = [text for _, text in read_corpus(options.corpus, options.column)]

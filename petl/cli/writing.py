@@ -28,7 +28,7 @@ from petl.generation.inference.loading import DEFAULT, load_language_model
 from petl.generation.inference.prompts import Question, read_prompts
 from petl.generation.inference.sampling import SETTINGS, Sample, Sampling
 from petl.generation.prediction.files import PredictionFile
-from petl.generation.prediction.tables import as_line, new_table
+from petl.generation.prediction.tables import as_line, new_table, reported
 from petl.system.files.paths import file_of
 from petl.system.files.read import read_json
 from petl.system.progress import Pass
@@ -256,7 +256,8 @@ def _write_answers(
         return stats
     with shown, new_table(options.out) as table:
         for record in records:
-            table.write([record])
+            with reported(options.out):
+                table.write([record])
     logger.info("%d answers in %s", shown.done, options.out)
     return stats
 

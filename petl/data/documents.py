@@ -18,7 +18,7 @@ MARKDOWN = (".md", ".markdown")
 SUFFIXES = (*MARKDOWN, ".txt")
 LONGEST = 800  # characters of a passage: about 200 tokens of English; assumption: one thought
 FEWEST = 10  # pairs, of which a fifth is to score
-HEADING = re.compile(r" {0,3}(#{1,6})\s+(.+?)(?:\s+#+)?\s*")
+HEADING = re.compile(r" {0,3}(#{1,6})\s+(.+)")
 UNDERLINE = re.compile(r" {0,3}(=+|-+)\s*")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 SENTENCE_END = re.compile("(?<=[.!?])\\s+|(?<=[\u3002\uff01\uff1f])")
@@ -206,7 +206,8 @@ def marked(lines: Iterable[str]) -> Iterator[tuple[int, str, int]]:
             fence = mark[1]
             yield number, line, 0
         elif heading:
-            yield number, heading[2], len(heading[1])
+            text = heading[2].rstrip("#")  # it may be closed, behind a space
+            yield number, text.rstrip() if text[-1:].isspace() else heading[2], len(heading[1])
         elif line and not before and (under := UNDERLINE.fullmatch(after)):
             is_underline = True
             yield number, line.strip(), 1 if "=" in under[1] else 2

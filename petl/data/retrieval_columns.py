@@ -277,19 +277,22 @@ def qrels(name: str) -> Iterator[tuple[str, Row]]:
     """Yield place, query, document and grade of the lines of TREC's file of judgements.
 
     Raises:
-        InputError: a line has other than four columns, or no number as the grade.
+        InputError: a line has other than four columns, no number as the grade, or is not UTF-8.
     """
-    with file_of("data.qrels", name, [".txt", ".tsv", ".qrels"]).open(encoding="utf-8") as lines:
+    with file_of("data.qrels", name, [".txt", ".tsv", ".qrels"]).open("rb") as lines:
         for count, line in enumerate(lines, 1):
-            place, parts = f"{name}, line {count}", line.split()
-            if not parts:
-                continue
+            place = f"{name}, line {count}"
             try:
+                parts = line.decode("utf-8-sig").split()
+                if not parts:
+                    continue
                 query, _, document, grade = parts
                 yield place, {"query": query, "document": document, "grade": float(grade)}
             except ValueError as error:
+                shown = line.decode(errors="backslashreplace").strip()
                 raise InputError(
-                    f"{place} is {line.strip()!r}, not TREC's query, iteration, document and grade"
+                    f"{place} is {shown!r}, not TREC's query, iteration, document and grade in "
+                    "UTF-8"
                 ) from error
 
 

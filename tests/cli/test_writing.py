@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from petl.generation.inference.chat import ChatSession
 from petl.generation.inference.language_model import LanguageModel
 from petl.generation.inference.loading import load_language_model
 from petl.generation.inference.sampling import Sampling
+from petl.system.files import disk
 
 pytest_plugins = ["writer_fixtures"]
 
@@ -214,6 +216,15 @@ def test_generate_never_replaces_the_file_of_prompts(command, writers, tmp_path)
     assert status == 2
     assert f"--out={file} is the file that is read" in err
     assert file.read_text() == '{"prompt": "Hi"}\n'
+
+
+def test_a_full_disk_is_named(command, writers, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "create", lambda _: Path("/dev/full").open("wb"))  # noqa: SIM115
+    given = ("generate", writers.folder / "lora", "--prompt", "Hi", *TEN)
+    for name in ("out.jsonl", "out.csv", "out.parquet"):
+        status, _, err = command(*given, "--out", tmp_path / name)
+        assert status == 1
+        assert f"cannot write {tmp_path / name}: No space left" in err.splitlines()[-1]
 
 
 # petl chat

@@ -151,3 +151,21 @@ def test_texts_of_another_encoding_are_read(tmp_path):
     (tmp_path / "a.md").write_bytes(textwrap.dedent("\n\n".join(rows)).encode("cp1252"))
     data = source(tmp_path, task="retrieval")
     assert any("Caf\u00e9" in query for query in data.train["query"])
+
+
+@pytest.mark.parametrize(
+    ("line", "heading"),
+    [
+        ("# a # #", "a #"),
+        ("#  a#", "a#"),
+        ("# a \t ###", "a"),
+        ("# ##", "##"),
+        ("# a ## b", "a ## b"),
+        # a pattern that tries each space anew would take hours
+        (f"# a{' ' * 300_000}b", f"a{' ' * 300_000}b"),
+        (f"# a{' # ' * 100_000}b", f"a{' # ' * 100_000}b"),
+    ],
+    ids=range(7),
+)
+def test_a_heading_is_without_the_signs_that_close_it(line, heading):
+    assert list(marked([f"{line} \n"])) == [(1, heading, 1)]

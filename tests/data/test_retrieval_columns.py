@@ -1,6 +1,7 @@
 """Files for retrieval: shapes of rows, test sets, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,17 @@ def test_a_test_set_has_trecs_judgements(read, tmp_path):
     relevant = {row["id"]: json.loads(row["relevant"]) for row in data.test}
     assert relevant == {"7": {"a": 2, "b": 0}, "8": {"b": 1}, "a": {}, "b": {}}
     assert len(data.train) == 7  # q0 is a test query
+
+
+def test_judgements_are_utf_8_with_or_without_its_mark(read, tmp_path):
+    names = files(tmp_path, CORPUS, QUERIES, [])
+    file = Path(names["qrels"])
+    file.write_bytes(b"\xef\xbb\xbf7 0 a 1\r\n8 0 b 1\r\n")
+    data = read(PAIRS, **names)
+    assert {row["id"] for row in data.test if json.loads(row["relevant"])} == {"7", "8"}
+    file.write_bytes(b"7 0 a 1\n7 0 \xe4 1\n")
+    with pytest.raises(InputError, match=r"qrels\.txt, line 2 is .*xe4.*UTF-8"):
+        read(PAIRS, **names)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,17 @@ import pyarrow.parquet as pq
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.data.inputs import read_inputs
 from petl.data.tasks.base import Row, Task
-from petl.errors import InputError, RunStopped, printable
+from petl.errors import InputError, printable
 from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor, predicted
-from petl.generation.prediction.tables import JsonLines, RowWriter, check_format, new_table
+from petl.generation.prediction.tables import (
+    JsonLines,
+    RowWriter,
+    check_format,
+    keep_inputs,
+    new_table,
+    reported,
+)
 from petl.system.files.paths import path_of
 from petl.system.progress import Pass, ProgressItems
 
@@ -41,11 +48,7 @@ class PredictionFile:
         if self.file is None:
             return
         check_format("--out", self.file)
-        for name in names:
-            source = path_of("FILE", name)
-            # also by another path or a link
-            if self.file.exists() and source.exists() and self.file.samefile(source):
-                raise InputError(f"--out={self.file} is the file that is read: name another one")
+        keep_inputs(self.file, names)
 
     @contextmanager
     def opened(self, names: Sequence[str], task: Task) -> Generator[RowWriter]:
@@ -63,28 +66,13 @@ class PredictionFile:
         for name in task.varied:  # a struct would have the keys of the first rows
             kind = pa.map_(pa.string(), pa.float64())
             schema = (schema or pa.schema([])).append(pa.field(f"{self.prefix}{name}", kind))
-        stack = ExitStack()
-        with self.reported():
-            writer = stack.enter_context(new_table(self.file, schema))
-        try:
-            # outside of `reported`: other files may fail in the block, such as those that are read
+        with new_table(self.file, schema) as writer:
             yield writer
-        except BaseException:
-            with self.reported():  # closing fails again on a full disk, without the file's name
-                stack.__exit__(*sys.exc_info())
-            raise
-        with self.reported():
-            stack.close()
 
-    @contextmanager
-    def reported(self) -> Generator[None]:
+    def reported(self) -> AbstractContextManager[None]:
         """Inside the block, turn an error of writing the file into a RunStopped."""
-        try:
-            yield
-        except OSError as error:  # such as a full disk
-            if self.file is None:  # a pipe whose reader has ended is no error
-                raise
-            raise RunStopped(f"cannot write {self.file}: {error.strerror or error}") from error
+        # a pipe whose reader has ended is no error
+        return nullcontext() if self.file is None else reported(self.file)
 
     def named(self, raw: Row, prediction: Row) -> Row:
         """A row with its prediction in columns of their own.

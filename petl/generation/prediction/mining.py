@@ -20,7 +20,7 @@ from petl.data.tasks.retrieval import Retrieval
 from petl.data.validation import Row, read, require, text
 from petl.errors import InputError
 from petl.generation.prediction.predictor import Predictor
-from petl.generation.prediction.tables import new_table
+from petl.generation.prediction.tables import new_table, reported
 from petl.generation.prediction.vectors import read_vectors, vectors_of
 from petl.ops.retrieval.ranking import LeftOut, hardest
 from petl.system.progress import ProgressItems
@@ -81,6 +81,7 @@ def mine(
 
     Raises:
         InputError: the model is no embedder, a file cannot be used, or no row has a negative.
+        RunStopped: `out` cannot be written.
     """
     pairs = _pairs_of(predictor, rows, choice.margin)
     if vectors is None:
@@ -90,7 +91,8 @@ def mine(
     written = negatives = 0
     with new_table(out) as table:
         for part in _with_negatives(predictor, pairs, texts, torch.from_numpy(found), choice):
-            table.write(part)
+            with reported(out):
+                table.write(part)
             written += len(part)
             negatives += sum(len(row["negatives"]) for row in part)
         if not written:

@@ -2,9 +2,10 @@
 
 import csv
 import json
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import partial
@@ -17,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from petl.data.tasks.base import Row
-from petl.errors import UNPRINTABLE, InputError, first_line
+from petl.errors import UNPRINTABLE, InputError, RunStopped, first_line
 from petl.system.files.disk import atomic_file
+from petl.system.files.paths import path_of
 
 
 class RowWriter(ABC):
@@ -143,13 +145,50 @@ def check_format(setting: str, path: Path) -> None:
         )
 
 
+def keep_inputs(path: Path, names: Iterable[str | Path]) -> None:
+    """Raise InputError if a file to write is one of those that are read."""
+    for name in names:
+        source = path_of("FILE", str(name))
+        # also by another path or a link
+        if path.exists() and source.exists() and path.samefile(source):
+            raise InputError(f"--out={path} is the file that is read: name another one")
+
+
+@contextmanager
+def reported(path: Path) -> Generator[None]:
+    """Inside the block, turn an error of writing a file into a RunStopped."""
+    try:
+        yield
+    except OSError as error:  # such as a full disk
+        raise RunStopped(f"cannot write {path}: {error.strerror or error}") from error
+
+
 @contextmanager
 def new_table(path: Path, schema: pa.Schema | None = None) -> Generator[RowWriter]:
     """A writer of the file, which is complete at the end of the block, and absent before.
 
     Args:
         schema: of columns that a parquet file keeps.
+
+    Raises:
+        RunStopped: the file cannot be opened or closed; whoever writes rows reports that.
     """
+    stack = ExitStack()
+    with reported(path):
+        writer = stack.enter_context(_opened(path, schema))
+    try:
+        # outside of `reported`: other files may fail in the block, such as those that are read
+        yield writer
+    except BaseException:
+        with reported(path):  # closing fails again on a full disk, without the file's name
+            stack.__exit__(*sys.exc_info())
+        raise
+    with reported(path):
+        stack.close()
+
+
+@contextmanager
+def _opened(path: Path, schema: pa.Schema | None) -> Generator[RowWriter]:
     suffix = path.suffix.lower()
     given = {"schema": schema} if suffix == ".parquet" else {}
     with atomic_file(path) as opened:

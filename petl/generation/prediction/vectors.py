@@ -35,6 +35,7 @@ from petl.errors import InputError, did_you_mean, first_line, shown
 from petl.generation.inference.loading import find_model
 from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor
+from petl.generation.prediction.tables import keep_inputs, reported
 from petl.ops.retrieval import pool, top_k
 from petl.system.collectives import shared_out
 from petl.system.files.disk import atomic_file
@@ -254,9 +255,11 @@ def write_vectors(
         settings: of columns, such as "data.text=review", in place of those of the run.
 
     Raises:
-        InputError: a file or row is wrong, the run is of another task, or `calibrate` is given
-            without int8.
+        InputError: a file or row is wrong, the run is of another task, `calibrate` is given
+            without int8, or a file to read would be replaced.
+        RunStopped: the file cannot be written.
     """
+    keep_inputs(out.file, filter(None, [*names, out.calibrate]))
     if out.calibrate is not None and out.dtype != "int8":
         raise InputError(f"--calibrate={out.calibrate} is for --dtype=int8, not {out.dtype}")
     rows = [*rows_of(saved, names, settings)]
@@ -269,7 +272,7 @@ def write_vectors(
     if not predictor.accelerator.is_main_process:
         return
     values = quantized(found, out.dtype, calibration)
-    with atomic_file(out.file) as opened:
+    with reported(out.file), atomic_file(out.file) as opened:
         if out.file.suffix == ".npy":
             np.save(opened, values)
         else:

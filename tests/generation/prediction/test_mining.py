@@ -15,6 +15,7 @@ from petl.cli.main import main
 from petl.data.files import located_rows
 from petl.data.retrieval_columns import texts
 from petl.data.validation import every
+from petl.system.files import disk
 
 pytest_plugins = ["task_runs"]
 
@@ -123,6 +124,23 @@ def test_vectors_of_a_file_and_a_merged_model_have_the_same_negatives(run, words
         petl.embed(run.path, CORPUS, as_="query"),
         atol=1e-5,
     )
+
+
+def test_no_input_is_replaced_and_a_full_disk_is_named(words, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "vectors.parquet"
+    file.write_bytes(b"x")
+    for taken, more in ((words[2], []), (words[3], []), (file, ["--vectors", str(file)])):
+        before = Path(taken).read_bytes()
+        (tmp_path / "link.jsonl").unlink(missing_ok=True)
+        (tmp_path / "link.jsonl").symlink_to(taken)
+        for out in (taken, tmp_path / "link.jsonl"):
+            assert main([*words, *more, "--out", str(out)]) == 2
+            assert f"--out={out} is the file that is read" in capsys.readouterr().err
+        assert Path(taken).read_bytes() == before
+    monkeypatch.setattr(disk, "create", lambda _: Path("/dev/full").open("wb"))  # noqa: SIM115
+    out = tmp_path / "full.jsonl"
+    assert main([*words, "--out", str(out)]) == 1
+    assert f"cannot write {out}: No space left" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

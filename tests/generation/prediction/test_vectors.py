@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -24,6 +26,7 @@ from petl.generation.prediction.vectors import (
     read_corpus,
     write_vectors,
 )
+from petl.system.files import disk
 
 pytest_plugins = ["task_runs"]
 
@@ -250,6 +253,27 @@ def test_a_table_has_the_vectors_beside_the_columns(run, tmp_path, dtype):
     np.testing.assert_array_equal(table["vector"].to_pylist(), expected.tolist())
     kinds = {"float32": "float", "float16": "halffloat", "int8": "int8", "binary": "uint8"}
     assert str(table.schema.field("vector").type.value_type) == kinds[dtype]
+
+
+def test_vectors_replace_no_input_and_a_full_disk_is_named(run, tmp_path, capsys, monkeypatch):
+    corpus, ranges = tmp_path / "corpus.parquet", tmp_path / "ranges.parquet"
+    for file in (corpus, ranges):
+        pq.write_table(pa.Table.from_pylist([{"text": text} for text in TEXTS]), file)
+    words = ["predict", str(run.path), str(corpus), "--dtype", "int8", "--calibrate", str(ranges)]
+    for file in (corpus, ranges):
+        before = file.read_bytes()
+        assert main([*words, "--out", str(file)]) == 2
+        assert f"--out={file} is the file that is read" in capsys.readouterr().err
+        assert file.read_bytes() == before
+    for given in (["--prefix", "my_"], ["--max-new-tokens", "3"]):
+        for name in ("out.npy", "out.parquet"):
+            assert main([*words, *given, "--out", str(tmp_path / name)]) == 2
+            assert "=".join(given) in capsys.readouterr().err
+            assert not (tmp_path / name).exists()
+    monkeypatch.setattr(disk, "create", lambda _: Path("/dev/full").open("wb"))  # noqa: SIM115
+    for name in ("out.npy", "out.parquet"):
+        assert main([*words, "--out", str(tmp_path / name)]) == 1
+        assert f"cannot write {tmp_path / name}: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_text_without_words_is_named(tmp_path):
