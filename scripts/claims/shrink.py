@@ -90,7 +90,8 @@ def contenders(dense: Path, out: Path, sparsity: float, widths: str) -> dict[str
         if ranks == "equal":
             blocks = [{**block, "importance": 1.0} for block in blocks]
         cfg = work.recovery({**record, "blocks": blocks}, 8, None)
-        run = work.run.with_name(f"run, {ranks}")
+        # beside OUT.train, which has one recovery
+        run = out.with_name(f"{out.name}, {ranks}")
         cfg["train"]["run"] = str(run)
         if not is_finished(run):
             train(cfg)

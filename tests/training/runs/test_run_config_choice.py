@@ -19,6 +19,8 @@ from petl.training.runs.settings import TrainConfig
 C = Capability
 KINDS = {"ddp": Launch(), "fsdp": FSDP("fsdp"), "deepspeed": DeepSpeed("deepspeed")}
 BASE = {"method": {"name": "lora"}, "train": {}, "loss": None, "launch": "ddp", "scheme": None}
+BINARY = {"name": "binary", "inner": "lora"}
+PV = {**BINARY, "steps": "pv"}
 # by what declares it and the capability: a run that has both
 PAIRS: dict[tuple[str, Capability], dict[str, Any]] = {
     ("launch=ddp", C.BASE_TORCHAO): {"scheme": "torchao_int8"},
@@ -87,6 +89,9 @@ PAIRS: dict[tuple[str, Capability], dict[str, Any]] = {
         "method": {"name": "sparse", "total_step": 200},
         "launch": "deepspeed",
     },
+    ("method binary", C.FSDP): {"method": PV, "launch": "fsdp"},
+    ("method binary", C.ZERO): {"method": PV, "launch": "deepspeed"},
+    ("method binary", C.ADAMR): {"method": PV, "train": {"optimizer": "adamr"}},
     ("method lora", C.FSDP): {
         "method": {"name": "lora", "init_lora_weights": "pissa"},
         "launch": "fsdp",
@@ -101,6 +106,9 @@ WORKING: list[dict[str, Any]] = [
     {"task": {"name": "orpo"}, "method": {"name": "lora", "init_lora_weights": "pissa"}},
     {"method": {"name": "adalora", "total_step": 2000}, "train": {"optimizer": "adamr"}},
     {"method": {"name": "lora", "init_lora_weights": "pissa"}, "launch": "deepspeed"},
+    {"method": BINARY, "launch": "fsdp", "train": {"optimizer": "adamr"}},
+    {"method": BINARY, "launch": "deepspeed"},
+    {"method": PV},
 ]
 
 
