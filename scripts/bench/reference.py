@@ -153,13 +153,23 @@ def value(owner: Any, name: str) -> Tensor:
     """Return a tensor of an adapter as it is used: binarized by method binary."""
     tensor = getattr(owner, name)
     entry = vars(owner).get("quantized_weights", {}).get(name)
-    return tensor if entry is None else quantized(tensor, entry.bits)
+    if entry is None:
+        return tensor
+    if entry.takes_steps:  # the tensor has the gradient of the values alone
+        values = entry.stats[1] * book(entry.bits).to(tensor)[entry.codes.long()] + entry.stats[0]
+        return values + tensor - tensor.detach()
+    return quantized(tensor, entry.bits)
+
+
+def book(bits: int) -> Tensor:
+    """Return all codes, rising."""
+    positive = list(POSITIVE_CODES[bits])
+    return torch.tensor([-code for code in reversed(positive)] + positive)
 
 
 def quantized(W: Tensor, bits: int) -> Tensor:
     """Round standardized entries to the nearest code; straight-through gradient."""
-    positive = list(POSITIVE_CODES[bits])
-    codes = torch.tensor([-code for code in positive] + positive).to(W)
+    codes = book(bits).to(W)
     Z = (W - W.mean()) / (W.std() + 1e-5)
     nearest = codes[(Z[..., None] - codes).abs().argmin(-1)]
     return W.std() * (nearest - Z.detach() + Z) + W.mean()
