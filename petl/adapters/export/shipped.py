@@ -88,10 +88,14 @@ def module_folders(folder: Path) -> dict[str, str]:
     """Return the kind of module in each folder that the `MODULES` of a folder names.
 
     Raises:
-        InputError: the file is damaged, or names a folder outside.
+        InputError: the file is damaged, or names a folder outside, or a link.
     """
-    file = folder / MODULES
-    return {path: kind for kind, path in modules_of(read_json(file), str(file))}
+    file, whole = folder / MODULES, folder.resolve()
+    found = {path: kind for kind, path in modules_of(read_json(file), str(file))}
+    linked = [path for path in found if (folder / path).resolve() != whole / path]
+    if linked:  # whose files are not listed with those of the folder
+        raise InputError(f"{folder / linked[0]} is a link: put a copy of the folder in its place")
+    return found
 
 
 def check(folder: Path) -> str:

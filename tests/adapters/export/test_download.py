@@ -87,6 +87,13 @@ def test_an_embedder_comes_back_with_all_that_makes_its_vectors(embedder, hub_se
     assert contents(tmp_path / "back") == before
 
 
+def test_a_module_that_is_a_link_stays(embedder, hub_server, tmp_path):
+    (embedder / "1_Pooling").rename(tmp_path / "elsewhere")
+    (embedder / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="1_Pooling is a link"):
+        prepare(embedder, NAME)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
