@@ -33,7 +33,7 @@ BUDGETS = {
     "data": 17200,
     "training": 17200,
     "methods": 19835,
-    "adapters": 9215,
+    "adapters": 9230,
     "generation": 7975,
     "experiments": 8660,
     "cli": 4795,
