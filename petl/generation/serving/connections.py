@@ -1,7 +1,7 @@
 """Connections of `petl serve`: bounded in number and in the time until a request is there.
 
-Where there are too many, the one that has waited longest without a request makes room for a new
-one, so that clients who hold connections open keep nobody out.
+Where there are too many, the oldest one without a complete request makes room for a new one, so
+that clients who hold connections open keep nobody out.
 """
 
 import asyncio
@@ -12,20 +12,27 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 CONNECTIONS = 1000  # at a time
 OF_ONE_ADDRESS = 512
 HEADER_SECONDS = 10.0  # from the first byte of a request to the end of its headers
+FLUSH_SECONDS = 60.0  # of a connection that is closed, until its last reply has been read
 
 
 class Connection(H11Protocol):
     """A connection of a client, which is closed if its request does not arrive in time."""
 
     waiting: asyncio.TimerHandle | None = None
+    dropped = False
 
     @property
     def is_idle(self) -> bool:
         """True if no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def gives_room(self) -> bool:
+        """True if it waits for its client: for a request, or the rest of a body."""
+        return self.is_idle or self.cycle.more_body
+
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Take a connection, and close others without a request, or this one, if they are many."""
+        """Take a connection, and drop another without a request, or this one, if they are many."""
         super().connection_made(transport)
         address = self.client[0] if self.client else None
         # in the order in which they were made
@@ -34,7 +41,7 @@ class Connection(H11Protocol):
         same = [each for each in others if each.client and each.client[0] == address]
         self.made = self.loop.time()
         if not (_makes_room(same, OF_ONE_ADDRESS) and _makes_room(others, CONNECTIONS - 1)):
-            transport.close()
+            self.drop()
         self.wait()
 
     def data_received(self, data: bytes) -> None:
@@ -57,7 +64,17 @@ class Connection(H11Protocol):
         if not self.is_idle:
             self.stop_waiting()
         elif self.waiting is None:
-            self.waiting = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+            self.waiting = self.loop.call_later(HEADER_SECONDS, self.end)
+
+    def end(self) -> None:
+        """Close the connection once its last reply is read, and drop it where that takes long."""
+        self.transport.close()
+        self.waiting = self.loop.call_later(FLUSH_SECONDS, self.drop)
+
+    def drop(self) -> None:
+        """End the connection now, with what is left to send."""
+        self.dropped = True
+        self.transport.abort()
 
     def stop_waiting(self) -> None:
         """The headers are there, or the connection has ended."""
@@ -71,11 +88,12 @@ def _made(connection: Connection) -> float:
 
 
 def _makes_room(others: Iterable[Connection], most: int) -> bool:
-    """Return True if there are fewer than `most`, or an idle one could be closed."""
-    open_ones = [each for each in others if not each.transport.is_closing()]
+    """Return True if there are fewer than `most`, or one that waits could be dropped."""
+    # not those that are only closing: what a client does not read keeps them open
+    open_ones = [each for each in others if not each.dropped]
     if len(open_ones) < most:
         return True
-    idle = next((each for each in open_ones if each.is_idle), None)
-    if idle is not None:
-        idle.transport.close()
-    return idle is not None
+    waiting = next((each for each in open_ones if each.gives_room), None)
+    if waiting is not None:
+        waiting.drop()
+    return waiting is not None

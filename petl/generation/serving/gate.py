@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import re
 from collections.abc import Collection
+from contextlib import nullcontext
 from ipaddress import ip_address
 
 from starlette.responses import JSONResponse
@@ -15,6 +16,7 @@ from petl.generation.serving.replies import error_body
 OPEN = ("/health",)  # paths without a key
 BODY_BYTES = 4 * 2**20  # 4 MiB: about a million tokens, at four bytes each
 IMAGE_BODY_BYTES = 2**26  # 64 MiB, of a server whose model reads images
+LARGE_BODIES = 8  # of more than BODY_BYTES at a time, until they are answered; others wait
 BODY_SECONDS = 30.0  # for a body to arrive
 
 
@@ -29,6 +31,7 @@ class Gate:
         body_bytes: int = BODY_BYTES,
     ) -> None:
         self.app, self.hosts, self.body_bytes = app, hosts, body_bytes
+        self.large = asyncio.Semaphore(LARGE_BODIES)
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,15 +51,24 @@ class Gate:
         if not is_known and scope["path"] not in OPEN:
             await refuse(401, "the API key is missing or wrong", scope, receive, send)
             return
+        size = announced(headers)
+        if size is None or size > self.body_bytes:
+            await self.refuse_size(self.body_bytes, scope, receive, send)
+            return
+        # held until the reply: what was made of the body is kept until then
+        async with self.large if size > BODY_BYTES else nullcontext():
+            await self.read(max(size, min(BODY_BYTES, self.body_bytes)), scope, receive, send)
+
+    async def read(self, most: int, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read a body of at most `most` bytes, and pass the request on, or reply with an error."""
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await read_body(headers, receive, self.body_bytes)
+                body = await read_body(receive, most)
         except TimeoutError:
             await refuse(408, "the body did not arrive in time", scope, receive, send)
             return
         if body is None:
-            message = f"the body has more than {self.body_bytes:,} bytes"
-            await refuse(413, message, scope, receive, send)
+            await self.refuse_size(most, scope, receive, send)
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -65,6 +77,12 @@ class Gate:
             return messages.pop() if messages else await receive()
 
         await self.app(scope, replay, send)
+
+    async def refuse_size(self, most: int, scope: Scope, receive: Receive, send: Send) -> None:
+        """Reply that a body is too large."""
+        hint = "" if most == self.body_bytes else ": say in Content-Length how many"
+        message = f"the body has more than {most:,} bytes{hint}"
+        await refuse(413, message, scope, receive, send)
 
 
 def is_known_host(header: str, hosts: Collection[str]) -> bool:
@@ -84,12 +102,15 @@ def is_known_host(header: str, hosts: Collection[str]) -> bool:
         return False
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, most: int) -> bytes | None:
-    """Return the body of a request; None: it has more than `most` bytes."""
-    announced = headers.get(b"content-length", b"0")
+def announced(headers: dict[bytes, bytes]) -> int | None:
+    """Return the length of a body, 0 if its headers have none; None: they have no number."""
+    given = headers.get(b"content-length", b"0")
     # at most 12 digits: int() of a longer text is slow, or an error
-    if not announced.isdigit() or len(announced) > 12 or int(announced) > most:
-        return None
+    return int(given) if given.isdigit() and len(given) <= 12 else None
+
+
+async def read_body(receive: Receive, most: int) -> bytes | None:
+    """Return the body of a request; None: it has more than `most` bytes."""
     parts, size, more = [], 0, True
     # counted too, since a body in chunks announces no length
     while more:

@@ -104,14 +104,15 @@ class AnswerService:
     async def chat(self, body: ChatRequest, request: HttpRequest) -> Response:
         """Reply to /v1/chat/completions."""
         served = served_as(body.model, self.served)
-        turns = body.turns
         urls = [url for message in body.messages for url in message.images]
-        # in another thread: a long prompt would hold up all connections
+        # in another thread: a long prompt, or long calls in it, would hold up all connections
         if urls:
             async with self.preparing:  # an image takes a hundred times the memory of its file
-                prompt = await run_in_threadpool(pictured, served.language, turns, urls)
+                prompt = await run_in_threadpool(
+                    lambda: pictured(served.language, body.turns, urls)
+                )
         else:
-            prompt = await run_in_threadpool(served.language.encode, turns)
+            prompt = await run_in_threadpool(lambda: served.language.encode(body.turns))
         reader = await run_in_threadpool(call_reader, served.language, body)
         reply = ChatReply(served.name, served.language.tokenizer, reader)
         return await self._reply(reply, body, served, [prompt], request)

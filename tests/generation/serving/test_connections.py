@@ -1,18 +1,23 @@
 """Clients on this machine who hold connections of `petl serve` open."""
 
+import asyncio
 import re
 import resource
 import socket
 import time
 from contextlib import ExitStack
+from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 from server_fixtures import started
+from uvicorn.server import ServerState
 
 from petl.cli.main import main
 from petl.generation.serving import connections
+from petl.generation.serving.gate import BODY_BYTES, IMAGE_BODY_BYTES, LARGE_BODIES, Gate
 
 pytest_plugins = ["writer_fixtures", "server_fixtures"]
 
@@ -64,6 +69,107 @@ def test_headers_have_to_arrive_in_time(server):
             pass
         one.sendall(b"GET /health HTTP/1.1\r\n")
         assert one.recv(100) == b""
+
+
+def connected(app, clients):
+    """Run `clients(port, state)` beside a server of `app`."""
+
+    async def serve():
+        config, state = uvicorn.Config(app, log_config=None), ServerState()
+        config.load()
+        made = partial(connections.Connection, config=config, server_state=state, app_state={})
+        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
+        try:
+            await asyncio.wait_for(clients(server.sockets[0].getsockname()[1], state), 60)
+        finally:
+            server.close()
+
+    asyncio.run(serve())
+
+
+async def answered(scope, receive, send):
+    """Reply with 2**25 bytes once the body is there."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"x" * 2**25})
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{",
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    ],
+)
+def test_unfinished_bodies_and_unread_replies_keep_nobody_out(monkeypatch, begun):
+    monkeypatch.setattr(connections, "OF_ONE_ADDRESS", 3)
+
+    async def clients(port, state):
+        held = []
+        for _ in range(3):
+            held.append(await asyncio.open_connection("127.0.0.1", port, limit=2**10))
+            held[-1][1].write(begun)
+            while state.total_requests + len(state.tasks) < len(held):
+                await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**26)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert len(await reader.read()) > 2**25
+        assert len(state.connections) <= 3
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):  # the oldest one
+            await held[0][0].readexactly(2**25)
+        for _, each in held:
+            each.transport.abort()
+
+    connected(answered, clients)
+
+
+def test_a_reply_that_is_never_read_ends(monkeypatch):
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.01)
+    monkeypatch.setattr(connections, "FLUSH_SECONDS", 0.01)
+
+    async def clients(port, state):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**10)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        while not state.total_requests or state.connections:
+            await asyncio.sleep(0.01)
+        writer.transport.abort()
+
+    connected(answered, clients)
+
+
+def test_large_bodies_are_few_at_a_time():
+    entered, go_on, sent = [], asyncio.Event(), []
+
+    async def app(scope, receive, send):
+        entered.append(scope["path"])
+        await go_on.wait()
+
+    async def ask(path, *headers, size=1):
+        async def receive():
+            return {"type": "http.request", "body": b"x" * size, "more_body": False}
+
+        async def send(message):
+            sent.append(message.get("status"))
+
+        scope = {"type": "http", "path": path, "headers": [*headers]}
+        await gate(scope, receive, send)
+
+    async def clients():
+        large = (b"content-length", str(BODY_BYTES + 1).encode())
+        tasks = [asyncio.create_task(ask("large", large)) for _ in range(LARGE_BODIES + 3)]
+        tasks.append(asyncio.create_task(ask("small", (b"content-length", b"1"))))
+        await ask("unannounced", size=BODY_BYTES + 1)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert (entered.count("large"), entered.count("small")) == (LARGE_BODIES, 1)
+        assert 413 in sent
+        go_on.set()
+        await asyncio.gather(*tasks)
+        assert entered.count("large") == LARGE_BODIES + 3
+
+    gate = Gate(app, body_bytes=IMAGE_BODY_BYTES)
+    asyncio.run(clients())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Functions in requests to `petl serve`: prompts, required calls, streams, and what is refused."""
 
+import asyncio
 import json
 
 import openai
@@ -9,6 +10,7 @@ from tool_templates import HERMES, LLAMA, MISTRAL, tool_tokenizer
 from transformers import LlamaForCausalLM
 from writer_fixtures import Writers, llama_config
 
+from petl.generation.serving import wire
 from petl.generation.serving.app import build_app
 from petl.generation.serving.engine import Engine
 from petl.generation.serving.models import load_served
@@ -205,3 +207,17 @@ def test_arguments_of_earlier_calls_are_json_objects(server):
         reply = server.post(CHAT, json={"model": "hermes", "messages": turns, "tools": [NOW]})
         assert reply.status_code == 400
         assert "arguments" in reply.json()["error"]["message"]
+
+
+def test_turns_are_made_outside_of_the_loop(server, monkeypatch):
+    def parsed(*given):
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        threads.append(1)
+        return original(*given)
+
+    threads, original = [], wire.parsed_turn
+    monkeypatch.setattr(wire, "parsed_turn", parsed)
+    body = {"model": "hermes", "messages": HI * 3, "max_tokens": 1}
+    assert server.post(CHAT, json=body).status_code == 200
+    assert len(threads) == 3
