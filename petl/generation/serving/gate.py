@@ -53,7 +53,7 @@ class Gate:
             return
         size = announced(headers)
         if size is None or size > self.body_bytes:
-            await self.refuse_size(self.body_bytes, scope, receive, send)
+            await self.too_large(self.body_bytes, scope, receive, send)
             return
         # held until the reply: what was made of the body is kept until then
         async with self.large if size > BODY_BYTES else nullcontext():
@@ -68,7 +68,7 @@ class Gate:
             await refuse(408, "the body did not arrive in time", scope, receive, send)
             return
         if body is None:
-            await self.refuse_size(most, scope, receive, send)
+            await self.too_large(most, scope, receive, send)
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -78,7 +78,7 @@ class Gate:
 
         await self.app(scope, replay, send)
 
-    async def refuse_size(self, most: int, scope: Scope, receive: Receive, send: Send) -> None:
+    async def too_large(self, most: int, scope: Scope, receive: Receive, send: Send) -> None:
         """Reply that a body is too large."""
         hint = "" if most == self.body_bytes else ": say in Content-Length how many"
         message = f"the body has more than {most:,} bytes{hint}"

@@ -3,7 +3,8 @@
 import asyncio
 import base64
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -36,7 +37,12 @@ from petl.generation.serving.wire import Strict, Text, Tokens
 # bounds of what one request may cost; assumptions
 MAX_TEXTS = 2048  # OpenAI's limit
 MAX_NUMBERS = 2**22  # of all vectors in a reply
+# characters of a text for a token that the model reads: of the part that is tokenized first, and
+# of a query at most, which is tokenized with each document
+CHARACTERS, MAX_CHARACTERS = 8, 64
 T = TypeVar("T")
+# the parts to compute, and what makes the body of the reply of their results
+Work = tuple[Sequence[Callable[[], T]], Callable[[list[T]], Json]]
 SCORING = ("retrieval", "reranking")  # tasks of the runs that are served here
 # how many is checked later: of a union, the message would be that of another type
 Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1)]
@@ -92,6 +98,7 @@ class ScoringEngine:
     Attributes:
         max_batch: texts of a part.
         max_waiting: requests at a time, beside the one that computes.
+        waiting: requests that are admitted, see `admitted`.
     """
 
     def __init__(self, *, max_batch: int, max_waiting: int) -> None:
@@ -110,20 +117,28 @@ class ScoringEngine:
     def join(self, timeout: float) -> None:
         """Nothing: the server waits for its threads."""
 
-    async def compute(self, parts: Sequence[Callable[[], T]]) -> list[T]:
-        """Return the results of all parts, between which other requests have theirs computed.
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count a request, from before its tokens are made.
 
         Raises:
             Busy: too many requests are waiting.
-            RunStopped: the engine is closed.
         """
         if self.waiting > self.max_waiting:
             raise Busy(f"{self.waiting} requests are waiting; try again later")
         self.waiting += 1
         try:
-            return [await self._one(part) for part in parts]
+            yield
         finally:
             self.waiting -= 1
+
+    async def compute(self, parts: Sequence[Callable[[], T]]) -> list[T]:
+        """Return the results of all parts, between which other requests have theirs computed.
+
+        Raises:
+            RunStopped: the engine is closed.
+        """
+        return [await self._one(part) for part in parts]
 
     async def _one(self, part: Callable[[], T]) -> T:
         # a lock of asyncio is fair: a request of many parts does not hold up others
@@ -186,8 +201,13 @@ class ScoringService:
         if len(body.inputs) * wanted > MAX_NUMBERS:
             message = f"{len(body.inputs)} vectors of {wanted} numbers; allowed are {MAX_NUMBERS:,}"
             raise ApiError(f"{message} in all: ask for fewer at a time", param="input")
-        # in another thread: a long text would hold up all connections
-        rows = await run_in_threadpool(partial(tokens_of, predictor, body))
+        return await self._answer(partial(self._vectors, predictor, body, wanted), request)
+
+    def _vectors(
+        self, predictor: Predictor, body: EmbeddingRequest, wanted: int
+    ) -> Work[np.ndarray]:
+        """The vectors of `wanted` numbers that a request asks for."""
+        rows = tokens_of(predictor, body)
         # texts of similar length share a part
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         parts = chunks(order, self.engine.max_batch)
@@ -195,7 +215,7 @@ class ScoringService:
 
         def reply(found: list[np.ndarray]) -> Json:
             vectors = np.concatenate(found)[np.argsort(order)]
-            if wanted < width:  # as vectors of fewer numbers were trained
+            if wanted < vectors.shape[1]:  # as vectors of fewer numbers were trained
                 vectors = vectors[:, :wanted]
                 vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
             written = encoded if body.encoding_format == "base64" else np.ndarray.tolist
@@ -208,18 +228,25 @@ class ScoringService:
             usage = {"prompt_tokens": count, "total_tokens": count}
             return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
-        return await self._answer(work, reply, request)
+        return work, reply
 
     async def rerank(self, body: RerankRequest, request: HttpRequest) -> Response:
         """Reply to /rerank and /v1/rerank."""
-        predictor, texts = served_as(body.model, self.served), body.texts
-        task = predictor.task
-        if not isinstance(task, Reranking):
+        predictor = served_as(body.model, self.served)
+        if not isinstance(predictor.task, Reranking):
             raise ApiError(f"{body.model} is an embedder: ask it at /v1/embeddings", param="model")
-        shown = task.shown_score
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        return await self._answer(partial(self._scores, predictor, body), request)
+
+    def _scores(self, predictor: Predictor, body: RerankRequest) -> Work[tuple[list[float], int]]:
+        """The scores that a request asks for."""
+        task, texts = cast("Reranking", predictor.task), body.texts
+        query, read = readable(predictor, body.query), [readable(predictor, t) for t in texts]
+        if len(query) > (most := MAX_CHARACTERS * task.max_length):
+            message = f"the query has {len(query):,} characters with few tokens"
+            raise ApiError(f"{message}; allowed are {most:,}: shorten its blanks", param="query")
+        order = sorted(range(len(texts)), key=lambda i: len(read[i]))
         parts = chunks(order, self.engine.max_batch)
-        pairs = [[{"query": body.query, "document": texts[i]} for i in part] for part in parts]
+        pairs = [[{"query": query, "document": read[i]} for i in part] for part in parts]
         work = [partial(scores_of, predictor, part) for part in pairs]
 
         def reply(found: list[tuple[list[float], int]]) -> Json:
@@ -231,7 +258,7 @@ class ScoringService:
             results = [
                 {
                     "index": i,
-                    "relevance_score": shown(scores[i]),
+                    "relevance_score": task.shown_score(scores[i]),
                     **({"document": {"text": texts[i]}} if body.return_documents else {}),
                 }
                 for i in ranked
@@ -239,23 +266,40 @@ class ScoringService:
             usage = {"total_tokens": sum(count for _, count in found)}
             return {"model": body.model, "results": results, "usage": usage}
 
-        return await self._answer(work, reply, request)
+        return work, reply
 
-    async def _answer(
-        self,
-        work: Sequence[Callable[[], T]],
-        reply: Callable[[list[T]], Json],
-        request: HttpRequest,
-    ) -> Response:
-        """The response with what `reply` makes of the results of `work`."""
-        results: list[T] = []
+    async def _answer(self, prepare: Callable[[], Work[T]], request: HttpRequest) -> Response:
+        """The response with the results of the work that `prepare` makes."""
+        with self.engine.admitted():
+            # in another thread: a long text would hold up all connections
+            work, reply = await run_in_threadpool(prepare)
+            results: list[T] = []
 
-        async def computed() -> None:
-            results.extend(await self.engine.compute(work))
+            async def computed() -> None:
+                results.extend(await self.engine.compute(work))
 
-        if not await unless_gone(computed(), request):
-            return Response(status_code=CLIENT_GONE)
-        return await run_in_threadpool(lambda: JSONResponse(reply(results)))
+            if not await unless_gone(computed(), request):
+                return Response(status_code=CLIENT_GONE)
+            return await run_in_threadpool(lambda: JSONResponse(reply(results)))
+
+
+def readable(predictor: Predictor, text: str) -> str:
+    """Return a beginning of a text that has all the model reads of it, as the rest takes long.
+
+    The end of a tokenizer that cuts the beginning off. What is left out of a query and its document
+    if both are long is more than what is read: which of them has an odd token is then left open.
+    """
+    tokenizer, most = predictor.processor, predictor.task.max_length
+    on_left = tokenizer.truncation_side == "left"
+    size = CHARACTERS * most
+    # twice as long as what fills the model: the last tokens differ where a word is cut
+    while 2 * size < len(text):
+        part = text[-size:] if on_left else text[:size]
+        # with the settings of all calls, which several threads make
+        if len(tokenizer(part, truncation=True, max_length=most)["input_ids"]) >= most:
+            return text[-2 * size :] if on_left else text[: 2 * size]
+        size *= 2
+    return text
 
 
 def tokens_of(predictor: Predictor, body: EmbeddingRequest) -> list[list[int]]:
@@ -269,7 +313,8 @@ def tokens_of(predictor: Predictor, body: EmbeddingRequest) -> list[list[int]]:
     if isinstance(body.inputs[0], str):
         prefix = task.query_prefix if body.input_type == QUERY else task.document_prefix
         try:
-            return task.tokens(tokenizer, [f"{prefix or ''}{text}" for text in body.inputs])
+            texts = [readable(predictor, f"{prefix or ''}{text}") for text in body.inputs]
+            return task.tokens(tokenizer, texts)
         except InputError as error:
             raise ApiError(str(error), param="input") from error
     rows: Any = body.inputs
@@ -327,7 +372,7 @@ def load_scoring(
     served = {name: load_scorer(path, **options) for name, path in runs.items()}
     for predictor in served.values():
         # the first call may change its settings; later ones are made by several threads
-        predictor.processor("")
+        predictor.processor("", truncation=True, max_length=predictor.task.max_length)
     return served
 
 

@@ -166,16 +166,59 @@ def test_numbers_of_a_reply_are_bounded(api, monkeypatch):
     assert len(embedded(api, input=["a", "b"], dimensions=20)) == 2
 
 
-def test_requests_beyond_those_that_may_wait_are_refused(api, service, monkeypatch):
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_long_texts_are_tokenized_as_far_as_the_model_reads(
+    api, folders, service, monkeypatch, side
+):
+    long, rest = "the cat and the bird " * 60, "a dog " * 60
+    texts = [f"{word} cat {long}{rest}{word} dog" for word in ("red", "green")] * 8
+    for name in ("embedder", "reranker"):
+        monkeypatch.setattr(service.served[name].processor, "truncation_side", side)
+    expected = service.served["reranker"].predict(
+        [{"query": long, "document": text} for text in texts[:2]]
+    )
+    vectors = service.served["embedder"]
+    tokens = vectors.task.tokens(vectors.processor, [texts[1]])
+    kind, lengths = type(vectors.processor), []
+    original = kind.__call__
+
+    def counted(self, *given, **options):
+        flat = [each if isinstance(each, list) else [each] for each in given]
+        lengths.extend(len(text) for each in flat for text in each)
+        return original(self, *given, **options)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    body = {"model": "reranker", "query": long, "documents": texts}
+    found = api.post("/rerank", json=body).json()["results"]
+    scores = {each["index"]: each["relevance_score"] for each in found}
+    np.testing.assert_allclose(
+        [scores[0], scores[1]], [row["prediction"] for row in expected], atol=1e-5
+    )
+    found = embedded(api, input=texts[1]), embedded(api, input=tokens)
+    np.testing.assert_allclose(*found, atol=1e-5)
+    # at most twice what fills the model
+    assert 0 < max(lengths) <= 512
+
+
+def test_a_query_of_blanks_is_refused(api):
+    body = {"model": "reranker", "query": " " * 10_000 + "cat", "documents": ["a"]}
+    reply = api.post("/rerank", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "query")
+
+
+@pytest.mark.parametrize("held", ["forward", "tokens"])
+def test_requests_beyond_those_that_may_wait_are_refused(api, service, monkeypatch, held):
     entered, go_on = threading.Event(), threading.Event()
-    original = service.served["embedder"].model.forward
+    predictor = service.served["embedder"]
+    place = predictor.model if held == "forward" else predictor.task
+    original = getattr(place, held)
 
     def slow(*args, **kwargs):
         entered.set()
         assert go_on.wait(60)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(service.served["embedder"].model, "forward", slow)
+    monkeypatch.setattr(place, held, slow)
     statuses = []
 
     def ask():
@@ -188,7 +231,8 @@ def test_requests_beyond_those_that_may_wait_are_refused(api, service, monkeypat
     assert entered.wait(60)
     while service.engine.waiting < 5:
         threading.Event().wait(0.01)
-    assert api.get("/health").json() == {"status": "ok", "running": 1, "waiting": 5}
+    state = {"status": "ok", "running": int(held == "forward"), "waiting": 5}
+    assert api.get("/health").json() == state
     ask()
     assert statuses == [429]
     go_on.set()
