@@ -34,13 +34,13 @@ BUDGETS = {
     "training": 17200,
     "methods": 19835,
     "adapters": 9230,
-    "generation": 7975,
+    "generation": 8000,
     "experiments": 8660,
     "cli": 4795,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16260, "tests": 87750}
+OTHERS = {"scripts": 16260, "tests": 87900}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
