@@ -4,7 +4,6 @@ OUT.train has `model`, the shrunk one with shrink.json, and `run`, its recovery:
 command goes on from there.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -186,7 +185,8 @@ class Work:
 
         def copied() -> None:
             with new_folder(self.out) as draft:
-                shutil.copytree(self.base, draft, dirs_exist_ok=True)
+                for file in self.base.iterdir():  # a model is files of one folder
+                    copy_file(file, draft / file.name)
                 self._describe(draft, record, also)
 
         on_main(self.accelerator, copied)

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from training_fixtures import train
 
 import petl
@@ -68,19 +69,15 @@ def test_the_loss_of_several_classes_weighs_labels_that_have_one():
     assert model(**batch(labels)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-class Rows(dict):
-    """Encoded rows by column."""
-
-    def __len__(self):
-        return len(self["labels"])
-
-
 def test_balanced_weights_make_classes_count_alike():
     labels = [0] * 6 + [2] * 3 + [1]
-    found = balanced(Classification(["a", "b", "c", "none"]), Rows(labels=labels))
+    found = balanced(Classification(["a", "b", "c", "none"]), Dataset.from_dict({"labels": labels}))
     assert found == [pytest.approx(w) for w in (10 / 24, 10 / 4, 10 / 12, 1.0)]
     several = [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
-    assert balanced(MultiLabel(["a", "b"]), Rows(labels=several)) == [pytest.approx(1 / 3), 3.0]
+    assert balanced(MultiLabel(["a", "b"]), Dataset.from_dict({"labels": several})) == [
+        pytest.approx(1 / 3),
+        3.0,
+    ]
 
 
 def test_balanced_rows_have_all_classes_equally_often():
