@@ -227,7 +227,7 @@ def whole_batch(config: AdapterConfig) -> str:
 def last_tensors(config: AdapterConfig) -> tuple[str, ...]:
     """Return patterns of what the output is last multiplied by and added to; none of a gate."""
     # the output is then not the base's plus an update
-    if config.gate != "none" or not config.residual or config.train_layer_norms:
+    if config.gate != "none" or config.residual is False or config.train_layer_norms:
         return ()
     return ("norm_after_*",) if config.ln_after else ("up_weight", "up_bias")
 

@@ -24,8 +24,14 @@ from safetensors import SafetensorError
 from petl.errors import InputError, RunStopped, described
 
 MANIFEST = "manifest.json"
-
-
+# files by which a folder is known that is read back as a whole
+WHOLE = (
+    ("an adapter", ("adapter_config.json",)),
+    ("a drafter", ("drafter_config.json",)),
+    ("a checkpoint", (MANIFEST, "state.json")),
+    ("a model", ("config.json", "model.safetensors")),
+    ("a model", ("config.json", "model.safetensors.index.json")),
+)
 MAX_DEPTH = 32  # of nested values
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 MAX_INTEGER = 2**64  # exclusive: seeds may have 64 bits
@@ -262,6 +268,20 @@ FLAGS = NO_WAIT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 WANDB = "wandb"
 # of open(2): a link with O_NOFOLLOW (EMLINK on FreeBSD), a pipe without reader, a folder
 NOT_REGULAR = {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR}
+
+
+def refuse_inside(path: Path) -> None:
+    """Raise InputError if a path is inside of an adapter, drafter, checkpoint or model."""
+    folder = path.absolute().parent.resolve()
+    for parent in (folder, *folder.parents):
+        kind = next((kind for kind, names in WHOLE if has_files(parent, names)), None)
+        if kind is not None:
+            raise InputError(f"{path} is inside of {parent}, {kind}; choose a place outside of it")
+
+
+def has_files(folder: Path, names: Collection[str]) -> bool:
+    """Return True if a folder has files of all of these names."""
+    return all((folder / name).is_file() for name in names)
 
 
 def check_links(folder: Path) -> None:

@@ -12,16 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from petl.errors import InputError
-from petl.system.files.disk import MANIFEST, UNFINISHED
+from petl.system.files.disk import UNFINISHED, has_files, refuse_inside
 
-# files by which a folder is known that is read back as a whole
-WHOLE = (
-    ("an adapter", ("adapter_config.json",)),
-    ("a drafter", ("drafter_config.json",)),
-    ("a checkpoint", (MANIFEST, "state.json")),
-    ("a model", ("config.json", "model.safetensors")),
-    ("a model", ("config.json", "model.safetensors.index.json")),
-)
 RUN = ("config.yaml", "environment.json")  # of which every run has both
 
 
@@ -60,22 +52,9 @@ def check_output_file(file: Path) -> None:
         InputError: it is a file of a run, or inside of an adapter, drafter, checkpoint or model.
     """
     refuse_inside(file)
-    run = next((each for each in file.absolute().resolve().parents if _has(each, RUN)), None)
+    run = next((each for each in file.absolute().resolve().parents if has_files(each, RUN)), None)
     if file.exists() and run is not None:
         raise InputError(f"{file} is a file of the run {run}; choose another name")
-
-
-def refuse_inside(path: Path) -> None:
-    """Raise InputError if a path is inside of an adapter, drafter, checkpoint or model."""
-    folder = path.absolute().parent.resolve()
-    for parent in (folder, *folder.parents):
-        kind = next((kind for kind, names in WHOLE if _has(parent, names)), None)
-        if kind is not None:
-            raise InputError(f"{path} is inside of {parent}, {kind}; choose a place outside of it")
-
-
-def _has(folder: Path, names: Collection[str]) -> bool:
-    return all((folder / name).is_file() for name in names)
 
 
 @contextmanager

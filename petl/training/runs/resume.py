@@ -8,8 +8,7 @@ from pathlib import Path
 
 from petl.core.types import Settings
 from petl.errors import InputError, JobSkipped
-from petl.system.files.disk import MANIFEST, check_writable
-from petl.system.files.outputs import refuse_inside
+from petl.system.files.disk import MANIFEST, check_writable, refuse_inside
 from petl.system.processes import LOCK, claim, release, try_claim
 from petl.system.settings.command_line import in_sweep
 from petl.system.settings.schema import flat
