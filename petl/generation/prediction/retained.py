@@ -13,11 +13,10 @@ from petl.training.retain.compare import measured
 from petl.training.retain.drift import Drift
 from petl.training.retain.measure import Retained
 from petl.training.retain.page import TEXTS, TOKENS, write_texts
-from petl.training.retain.rows import has_base
+from petl.training.retain.rows import KEY, has_base
 from petl.training.retain.texts import texts_for
 from petl.training.runs.records import SCORES, read_scores
 
-KEY = "retained"
 OWN = (SCORES, TEXTS, TOKENS), (TEXTS,)  # what it writes to its place in a run, with the mark of it
 BATCH_SIZE = 8
 

@@ -22,11 +22,10 @@ from petl.training.features.bars import Bar, Bars
 from petl.training.features.section import Curve, Lines, Passage, Section
 from petl.training.retain.drift import Drift
 from petl.training.retain.measure import Retained, RetainedText
-from petl.training.retain.rows import RetainedRow, tokenizer_of
+from petl.training.retain.rows import AT_START, KEY, RetainedRow, tokenizer_of
 from petl.training.retain.settings import RetainConfig
 from petl.training.runs.records import CONFIG, METRICS, SCORES
 
-KEY, AT_START = "retained", "retained_at_start"  # entries of scores.json
 TEXTS, TOKENS = "retained.jsonl", "retained_tokens.json"
 SHOWN = 3  # texts that lost most, and as many that lost least
 BEGINNING = 60  # characters of a text under the pointer

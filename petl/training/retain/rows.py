@@ -13,6 +13,8 @@ from petl.core.spec.facts import facts_of
 from petl.errors import InputError
 from petl.system.collectives import gathered
 
+# entries of scores.json; the second of methods that do not start as the base, such as binary
+KEY, AT_START = "retained", "retained_at_start"
 CURVE = {"language": "retained_lost", "features": "retained_drift"}  # names in logs
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")

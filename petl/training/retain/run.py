@@ -32,7 +32,9 @@ from petl.training.features.section import Section
 from petl.training.frozen import FrozenStore
 from petl.training.retain.rows import (
     ALONE,
+    AT_START,
     CURVE,
+    KEY,
     Processes,
     RetainedRow,
     by_length,
@@ -122,8 +124,7 @@ class OtherRows:
 class Retaining(RunFeature):
     """Measures what a model loses on retained texts, limits it, and replays some of them."""
 
-    key = "retained"
-    at_start = "retained_at_start"  # of methods that do not start as the base, such as binary
+    key, at_start = KEY, AT_START
     Settings = RetainConfig
     settings: RetainConfig
     kind = "language"
@@ -465,7 +466,8 @@ class Retaining(RunFeature):
         trained = 1 - share + share / (3 * max(1, passes))
         left = trained / (1 - share / 2) * sum(len(row.ids) for row in self.rows)
         # fewer tell little
-        self._keep(max(FEWEST, len(within(self.rows, left))))
+        if self.rows:  # images and sounds stay as they were chosen
+            self._keep(max(FEWEST, len(within(self.rows, left))))
 
     @classmethod
     def section(cls, folder: Path, scores: Record) -> Section | None:

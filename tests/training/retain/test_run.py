@@ -25,7 +25,7 @@ from petl.training.retain.measure import Retained, RetainedText
 from petl.training.retain.page import line_of
 from petl.training.retain.replay import ReplayOrder
 from petl.training.retain.rows import RetainedRow
-from petl.training.retain.run import Retaining
+from petl.training.retain.run import OtherRows, Retaining
 from petl.training.retain.settings import RetainConfig
 from petl.training.retain.texts import halves
 
@@ -183,6 +183,10 @@ def test_a_run_that_stored_frozen_blocks_pays_for_fewer_texts(k, passes, kept):
     splits = SimpleNamespace(passes=lambda settings: passes)
     own._spare(SimpleNamespace(features=[own, store], splits=splits, settings=None))
     assert len(own.rows) == kept
+    # images, of which as many were chosen as the run pays for
+    own.rows, own.other = (), OtherRows(["a"] * 60, dict, [1] * 60)
+    own._spare(SimpleNamespace(features=[own, store], splits=splits, settings=None))
+    assert len(own.other.names) == 60
 
 
 @pytest.mark.thorough
