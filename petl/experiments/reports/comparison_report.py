@@ -217,6 +217,15 @@ def summary(comparison: Comparison) -> list[str]:
     confounders = comparison.confounders()
     if confounders:
         sentences.append(f"These runs also differ in other settings: {'; '.join(confounders)}.")
+    found = [run.scores["retained"] for run in comparison.runs if run.scores.get("retained")]
+    # how many rows a run measures follows its cost
+    measured = dict.fromkeys((each["rows"], each.get("tokens")) for each in found)
+    if len(measured) > 1:
+        texts = (f"{rows}" + (tokens and f" of {tokens:,} tokens" or "") for rows, tokens in measured)
+        sentences.append(
+            f"What was lost was not measured on the same texts in all runs ({'; '.join(texts)}): "
+            "retain.rows=N gives each run the same ones."
+        )
     devices = dict.fromkeys(run.device for run in comparison.runs)
     if len(devices) > 1:
         sentences.append(f"Times and memory are those of different devices: {'; '.join(devices)}.")

@@ -48,8 +48,9 @@ class Callback(TrainerCallback, ExportableState):
       (such as rank growth);
     - scales auxiliary losses under gradient accumulation, and logs them apart from the task loss;
     - saves the method's training state in checkpoints, for exact resumption;
-    - with `retain`, logs what the model has lost on these texts, `retained_lost` in nats per token
-      (of models that do not write: `retained_drift`), at evaluations and at the end;
+    - with `retain`, adds what the model has lost on these texts, `retained_lost` in nats per token
+      (of models that do not write: `retained_drift`), to `trainer.state.log_history` at evaluations
+      and at the end;
     - completes the reference adapter `ref` of TRL's trainers, see `complete_reference`.
 
     Methods without auxiliary losses that do not change during training work without it.

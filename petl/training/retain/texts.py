@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
-from petl.data.base import as_dataset, data_source, read_data
+from petl.data.base import Stream, as_dataset, data_source, read_data
 from petl.data.overlap import TrainingInputs, normalized
 from petl.data.validation import Row
 from petl.errors import InputError, UnsupportedError, did_you_mean, shown
@@ -100,12 +100,12 @@ def halves(texts: Iterable[str]) -> tuple[list[str], list[str]]:
 def texts_for(
     names: Sequence[str], setting: str, task: "Task", settings: Mapping[str, object]
 ) -> list[str]:
-    """Return the texts that a finished run is measured on: none that it has replayed.
+    """Return the texts that a finished run is measured on: none that it has trained on or replayed.
 
     Args:
         names: as the value of `read_texts`.
         setting: that names them, for messages.
-        settings: of the run.
+        settings: of the run; {} if the adapter is of no run.
 
     Raises:
         InputError: as `read_texts`.
@@ -116,16 +116,33 @@ def texts_for(
             f"{setting} measures texts, and a model for {task.name} reads none of them"
         )
     texts = read_texts([*names], setting)
-    known = TrainingInputs(replayed_texts(settings.get("retain")))
-    kept = [text for text in texts if text not in known]
+    known = known_inputs(settings)
+    kept = [text for text in texts if not any(text in each for each in known)]
     if len(kept) < len(texts):
         count = len(texts) - len(kept)
-        logger.info("%d retained texts were replayed in training, and are left out", count)
+        logger.info("%d retained texts were trained on or replayed, and are left out", count)
     if not kept:
         raise InputError(
-            f"{setting}: all {len(texts)} texts were replayed in training: give others"
+            f"{setting}: all {len(texts)} texts were trained on or replayed: give others"
         )
     return kept
+
+
+def known_inputs(settings: Mapping[str, object]) -> list[TrainingInputs]:
+    """Return what a run with these settings has trained on and replayed, as far as it is there."""
+    found: list[TrainingInputs] = []
+    try:
+        found.append(TrainingInputs(replayed_texts(settings.get("retain"))))
+        if isinstance(settings.get("data"), Mapping):
+            data = read_data(cast("Mapping[str, object]", settings["data"]))
+            # rows of a stream are read only while they train
+            if not isinstance(data.train, Stream):
+                found += filter(None, [TrainingInputs.of(data.task, data.train)])
+    except InputError as error:
+        logger.warning(
+            "retained texts are not compared with all that the run trained on: %s", error
+        )
+    return found
 
 
 def replayed_texts(retain: object) -> list[str]:

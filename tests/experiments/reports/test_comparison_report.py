@@ -46,7 +46,8 @@ def test_what_was_lost_is_a_column_and_an_axis_where_all_seeds_have_it(name, tmp
     for method, values in {"lora": (0.1, 0.3), "mola": (0.05, None), "mos": (-0.02, -0.02)}.items():
         for seed, value in enumerate(values):
             words = [f"+method={method}", f"train.seed={seed}"]
-            figures = {} if value is None else {"retained": {name: value}}
+            measured = {"rows": 32, name: value}
+            figures = {} if value is None else {"retained": measured}
             write_run(tmp_path / method / str(seed), 0.5 + seed / 10, *words, **figures)
     (comparison,) = compare([tmp_path])
     table = results(comparison)
@@ -58,6 +59,15 @@ def test_what_was_lost_is_a_column_and_an_axis_where_all_seeds_have_it(name, tmp
     chart = charts_of(comparison)[name]  # with a point of each entry that has it
     assert "mos" in chart
     assert "mola" not in chart
+    assert not any("What was lost" in line for line in summary(comparison))
+
+
+def test_runs_that_measured_other_texts_are_named(tmp_path):
+    for seed, measured in enumerate(({"rows": 32, "tokens": 4011}, {"rows": 48, "tokens": 6050})):
+        words = ["+method=lora", f"train.seed={seed}"]
+        write_run(tmp_path / f"{seed}", 0.5, *words, retained={**measured, "lost": 0.1})
+    (said,) = (line for line in summary(*compare([tmp_path])) if "What was lost" in line)
+    assert "32 of 4,011 tokens; 48 of 6,050 tokens" in said
 
 
 def test_entries_whose_seeds_disagree_are_not_ranked(runs):

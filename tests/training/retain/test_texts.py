@@ -156,7 +156,23 @@ def test_a_run_is_not_measured_on_texts_that_it_replayed(tmp_path):
     file.write_text("".join(f"{json.dumps({'text': text.upper()})}\n" for text in every[3:7]))
     others = {"retain": {**own, "mix_data": str(file)}}
     assert texts_for(["bundled"], "--retain", CausalLM(), others) == every[:3] + every[7:]
-    with pytest.raises(InputError, match="all 4 texts were replayed"):
+    with pytest.raises(InputError, match="all 4 texts were"):
         texts_for([f"{tmp_path}/./letters.jsonl"], "--retain", CausalLM(), others)
     with pytest.raises(UnsupportedError, match=r"--retain.*image_classification"):
         texts_for(["bundled"], "--retain", ImageClassification(classes=["a", "b"]), {})
+
+
+def test_a_finished_run_is_not_measured_on_rows_that_it_trained_on(tmp_path, caplog):
+    every = texts_for(["bundled"], "--retain", CausalLM(), {})
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(f"{json.dumps({'text': f' {text} '})}\n" for text in every[2:9]))
+    files = {"source": "files", "name": "files", "train": str(file), "test": str(file)}
+    settings = {"data": {**files, "task": "causal_lm"}, "retain": {"data": "bundled"}}
+    kept = texts_for(["bundled"], "--retain", CausalLM(), settings)
+    assert kept == every[:2] + every[9:]
+    # files that are gone since do not keep anyone from measuring
+    file.unlink()
+    assert texts_for(["bundled"], "--retain", CausalLM(), settings) == every
+    assert "train.jsonl" in caplog.text
+    gone = {"retain": {"data": "bundled", "mix": 0.1, "mix_data": str(file)}}
+    assert texts_for(["bundled"], "--retain", CausalLM(), gone) == every
