@@ -57,6 +57,7 @@ class Job:
         by_length: True if rows have different lengths.
         has_head: True if a new head trains, at a rate of its own.
         trainer: the module of the runs that are not petl's.
+        points: evaluations of a run that holds rows out.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Job:
     by_length: bool = True
     has_head: bool = True
     trainer: str = "trainer_job"
+    points: int = 8
 
     @property
     def variants(self) -> list[Variant]:
@@ -163,6 +165,7 @@ JOBS = {
             bf16=True,
             has_head=False,
             trainer="sentence_job",
+            points=2,  # the corpus takes a quarter of the time of an epoch
         ),
     )
 }

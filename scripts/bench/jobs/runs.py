@@ -24,7 +24,6 @@ from petl.training.runs.environment import git_revision
 from petl.training.runs.records import read_results
 
 ROOT = Path(__file__).parents[3]
-POINTS = 8  # evaluations of a run that holds rows out, as in trainer_job.py
 TUNING_SEED = 0
 Rates = tuple[float, float]  # of the adapter, and of the head
 
@@ -221,7 +220,7 @@ class Runner:
             return [*words, f"train.seed={seed}"]
         settings = self.about["settings"]
         steps = settings["epochs"] * self.about["rows"]["rest"] / settings["batch_size"]
-        every = max(1, round(steps / POINTS))
+        every = max(1, round(steps / self.job.points))
         return [
             *words,
             f"train.seed={TUNING_SEED}",
@@ -239,7 +238,7 @@ class Runner:
             "grouped": variant.grouped,
             "bf16": variant.bf16,
             "sft": variant.sft,
-            "validates": seed is None,
+            "points": self.job.points if seed is None else 0,
         }
 
     def _process(self, module: str, request: dict[str, Any]) -> float:

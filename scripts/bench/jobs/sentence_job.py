@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from bench.jobs.child import Clock
-from bench.jobs.trainer_job import POINTS, Options, optimizer_of
+from bench.jobs.trainer_job import Options, optimizer_of
 
 METRIC = "cosine_ndcg@10"  # the end of its name in the evaluator's results
 
@@ -47,9 +47,9 @@ def main() -> None:
     get_peft_model(model[0].auto_model, LoraConfig(**about["lora"]))
     for name, tensor in model.named_parameters():
         tensor.requires_grad_("lora_" in name)
-    rows = load_from_disk(str(folder / ("rest" if options.validates else "train")))
+    rows = load_from_disk(str(folder / ("rest" if options.points else "train")))
     trainer = trainer_of(model, pairs(rows, tokenizer), rows["sizes"], folder, options)
-    held = load_from_disk(str(folder / ("validation" if options.validates else "test")))
+    held = load_from_disk(str(folder / ("validation" if options.points else "test")))
     evaluator = evaluator_of(held, tokenizer, options.eval_batch_size)
 
     def evaluate() -> dict[str, float]:
@@ -61,24 +61,24 @@ def main() -> None:
         clock.note(began, trainer.state.global_step, {"ndcg_at_10": score})
         return {"ndcg_at_10": score}
 
-    if options.validates:
-        trainer.add_callback(Evaluations(evaluate))
+    if options.points:
+        trainer.add_callback(Evaluations(evaluate, options.points))
     clock.mark("before training")
     result = trainer.train()
     clock.mark("after training")
-    scores = None if options.validates else evaluate()
+    scores = None if options.points else evaluate()
     clock.write(Path(request["out"]), scores=scores, steps=result.global_step)
 
 
 class Evaluations(TrainerCallback):
-    """Calls a function `POINTS` times in a run."""
+    """Calls a function several times in a run, at last at its end."""
 
-    def __init__(self, evaluate: Any) -> None:
-        self.evaluate = evaluate
+    def __init__(self, evaluate: Any, points: int) -> None:
+        self.evaluate, self.points = evaluate, points
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate if it is time."""
-        every = max(1, round(state.max_steps / POINTS))
+        every = max(1, round(state.max_steps / self.points))
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self.evaluate()
 

@@ -37,12 +37,11 @@ AUTO = {
     "image_classification": AutoModelForImageClassification,
     "causal_lm": AutoModelForCausalLM,
 }
-POINTS = 8  # evaluations of a run that holds rows out
 
 
 @dataclass(frozen=True)
 class Options:
-    """How one run trains; names are petl's, and `validates` holds rows out and scores them."""
+    """How one run trains; names are petl's, and of `points` evaluations rows are held out."""
 
     seed: int
     lr: float
@@ -56,7 +55,7 @@ class Options:
     grouped: bool
     bf16: bool
     sft: bool
-    validates: bool
+    points: int
 
 
 def main() -> None:
@@ -70,7 +69,7 @@ def main() -> None:
     result = trainer.train()
     clock.mark("after training")
     scores = None
-    if options.validates:
+    if options.points:
         if clock.points[-1]["step"] < result.global_step:
             trainer.evaluate()
     else:
@@ -85,8 +84,8 @@ def trainer_of(folder: Path, about: dict[str, Any], options: Options, clock: Clo
     new = {} if about["task"] == "causal_lm" else {"ignore_mismatched_sizes": True}
     model: Any = AUTO[about["task"]].from_pretrained(about["model"], **about["arguments"], **new)
     model = get_peft_model(model, LoraConfig(**about["lora"]))
-    train = load_from_disk(str(folder / ("rest" if options.validates else "train")))
-    held = load_from_disk(str(folder / "validation")) if options.validates else None
+    train = load_from_disk(str(folder / ("rest" if options.points else "train")))
+    held = load_from_disk(str(folder / "validation")) if options.points else None
     reader = AutoImageProcessor if about["task"] == "image_classification" else AutoTokenizer
     processor = reader.from_pretrained(about["model"])
     trainer_cls, arguments_cls, more = Trainer, TrainingArguments, {}
@@ -117,8 +116,8 @@ def trainer_of(folder: Path, about: dict[str, Any], options: Options, clock: Clo
         train_sampling_strategy="group_by_length" if options.grouped else "random",
         bf16=options.bf16,
         seed=options.seed,
-        eval_strategy="steps" if options.validates else "no",
-        eval_steps=1 / POINTS if options.validates else None,
+        eval_strategy="steps" if options.points else "no",
+        eval_steps=1 / options.points if options.points else None,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
