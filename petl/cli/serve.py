@@ -45,11 +45,12 @@ def serve(options: ServeOptions) -> None:
     runs = named_runs(options.runs)
     # from files alone: the port is taken, and models are loaded, after it
     scoring = scores(options, runs)
-    if options.prefix_cache is not None and (scoring or options.engine != PETL):
+    own = {"--prefix-cache": options.prefix_cache, "--drafter": options.drafter}
+    given = [f"{name}={value}" for name, value in own.items() if value is not None]
+    if given and (scoring or options.engine != PETL):
         raise InputError(
-            f"--prefix-cache={options.prefix_cache} is of answers by petl's own engine, and "
-            f"{'these models write none' if scoring else options.engine + ' has its own'}: leave "
-            "it out"
+            f"{' '.join(given)}: of answers by petl's own engine, and "
+            f"{'these models write none' if scoring else 'this is ' + options.engine}: leave out"
         )
     bound = app.bind(options.host, options.port)  # before the models, which take longer
     with ExitStack() as stack:
@@ -116,7 +117,7 @@ def _loaded(
             plain=options.plain,
             trust_remote_code=options.trust_remote_code,
             other_base=options.other_base,
-            drafter=None if options.drafter == NO_DRAFTS else options.drafter,
+            drafter=None if options.drafter == NO_DRAFTS else "free",
             prefix_bytes=MB * (PREFIXES if options.prefix_cache is None else options.prefix_cache),
             weights=own_weights(options),
         )

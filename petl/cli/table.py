@@ -766,11 +766,10 @@ class ServeOptions(LoadOptions, EngineOptions):
         "read the turn of a chat as plain text, without the chat template (default: for runs that "
         "have learned from plain text, and models without a template)"
     )
-    drafter: str = choice(
+    drafter: str | None = choice(
         "what guesses tokens ahead while one answer is computed alone, for the same answer in less "
-        "time: free (copies and recycles tokens), or none",
+        "time: free (copies and recycles tokens; the default), or none",
         ("free", NO_DRAFTS),
-        "free",
     )
     prefix_cache: int | None = option(
         "MB for keys and values of the beginnings of prompts, which later prompts that begin alike "

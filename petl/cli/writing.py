@@ -68,6 +68,11 @@ def _load_engine(options: AnswerOptions, stack: ExitStack) -> LanguageModel:
         raise InputError(f"--drafter={options.drafter} is for --engine {PETL}: {LLAMA} has none")
     if isinstance(options, GenerateOptions) and options.check:
         raise InputError(f"--check is of drafts, and --engine {LLAMA} has none: leave it out")
+    if options.json_schema is not None or options.prompt_lookup is not None:
+        raise InputError(
+            f"--json-schema and --prompt-lookup are for --engine {PETL}: leave them out, or leave "
+            f"out --engine {LLAMA}"
+        )
     taken = next((name for name, _ in options.adapter if name in (DEFAULT, BASE_NAME)), None)
     if taken is not None:
         raise InputError(f"the adapter name {taken!r} is taken; choose another one")

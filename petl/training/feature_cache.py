@@ -21,7 +21,7 @@ from petl.system.files.disk import is_as_noted, note_digest, write_atomic
 from petl.system.files.paths import cache_folder
 
 FOLDER = "features"  # of the files, in petl's cache
-FORMAT = 1  # increment when the meaning of a file changes
+FORMAT = 2  # increment when the meaning of a file changes
 WRAPPED = ("base_layer", "original_module")  # where PEFT keeps what an adapter wraps
 MOST_BYTES = 200e6  # assumption: a larger file is not worth its disk
 logger = logging.getLogger(__name__)
@@ -45,7 +45,12 @@ class FeatureCache:
         of_all = xxhash.xxh3_128_hexdigest(repr((name, precision, *rows)).encode())
         self.file = cache_folder() / FOLDER / f"{of_all}.safetensors"
         self.is_new = False
-        self._found = load_file(self.file) if name and is_as_noted(self.file) else {}
+        self._found = {}
+        try:
+            if name and is_as_noted(self.file):
+                self._found = load_file(self.file)
+        except OSError as error:  # such as another user's file
+            logger.info("the features are computed: %s cannot be read (%s)", self.file, error)
         self._keeps, self._bytes = bool(name), 0
 
     def find(self, batch: Mapping[str, object]) -> Tensor | None:

@@ -284,8 +284,9 @@ class HeadReader:
         hook = self.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         with hook, self.accelerator.autocast():
             logits = self.task.head_logits(self.base(**inputs))
-            # [B, T, H] for a head that labels every token
-            return read[0] if logits.dim() == 3 else one_vector(self.head, read[0], logits), logits
+            if logits.dim() == 3:  # [B, T, H] for a head that labels every token
+                return read[0], logits
+            return one_vector(self.head, read[0], logits, inputs.get("attention_mask")), logits
 
     def next(self, inputs: Batch) -> tuple[Tensor, Tensor]:
         """Return the vectors of a further batch, and the head's logits of them."""
@@ -393,12 +394,13 @@ def is_usable(
     return True
 
 
-def one_vector(head: nn.Module, read: Tensor, logits: Tensor) -> Tensor:
+def one_vector(head: nn.Module, read: Tensor, logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the part of the head's input that gives the row's logits: [B, H] or [B, 1, H].
 
     Args:
         read: input of the head, [B, H] or [B, T, H]; of convolutional networks [B, H, 1, 1], which
             is returned as it is.
+        mask: 0 at padding, [B, T]; None: there is none.
 
     The result is a guess, which `reproduces` confirms.
     """
@@ -409,7 +411,14 @@ def one_vector(head: nn.Module, read: Tensor, logits: Tensor) -> Tensor:
         return read[:, :1]
     # the head scores every token: take the one whose scores equal the logits
     distance = (scores - logits[:, None]).abs().amax(-1)
-    return read[torch.arange(len(read), device=read.device), distance.argmin(1)]
+    every = torch.arange(len(read), device=read.device)
+    mask = torch.ones_like(distance) if mask is None else mask
+    last = mask.cumsum(1).argmax(1)  # the first of the largest
+    # in few bits several tokens have the score: then the place that is one in all rows
+    for place in (last, torch.zeros_like(last)):
+        if torch.equal(distance[every, place], distance.amin(1)):
+            return read[every, place]
+    return read[every, distance.argmin(1)]
 
 
 def reproduces(head: nn.Module, vectors: Tensor, logits: Tensor, accelerator: Accelerator) -> bool:

@@ -1,6 +1,7 @@
 """The score that an adapter has to beat."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,24 @@ def test_heads_of_every_shape_are_served(parts, kind):
     vectors = features(reader_of(base, splits, accelerator), splits, splits.test).x
     expected = logits_of(base, splits, splits.test)
     torch.testing.assert_close(head(vectors), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_of_tokens_with_equal_scores_in_bf16_it_is_the_one_that_the_model_reads():
+    torch.manual_seed(0)
+    config = llama_config()
+    config.num_labels, config.pad_token_id = 1, 0
+    model = LlamaForSequenceClassification(config).eval()
+    ids = torch.randint(1, config.vocab_size, (32, 100))
+    mask = torch.ones_like(ids)
+    mask[::2, 90:] = ids[::2, 90:] = 0  # padding on the right of some
+    task = SimpleNamespace(head_logits=lambda outputs: outputs.logits)
+    accelerator = SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    reader = HeadReader(model, model.score, task, accelerator)
+    with torch.no_grad():
+        found, _ = reader.first({"input_ids": ids, "attention_mask": mask})
+        with accelerator.autocast():
+            states = model.model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found, states[torch.arange(32), mask.sum(1) - 1], atol=0, rtol=0)
 
 
 def test_logits_that_the_head_alone_does_not_make_are_left_out_with_the_reason(

@@ -42,17 +42,27 @@ def has_position_table(model: nn.Module) -> bool:
     )
 
 
+def counts_places(model: nn.Module) -> bool:
+    """Return True if distances between tokens go by places in the cache, padding among them.
+
+    So it is with the window of GPT-Neo, and in models that take no positions (MPT, RoFormer).
+    """
+    return (
+        "local" in getattr(model.config, "attention_layers", ())
+        or "position_ids" not in inspect.signature(model.forward).parameters
+    )
+
+
 def takes_trees(model: PreTrainedModel) -> bool:
     """Return True if a model can compute a tree of tokens in one pass.
 
-    Its attention then takes any mask, it takes positions, no bias or window of its attention goes
-    by places in the cache (ALiBi of Falcon, GPT-Neo), and no adapter reads the previous token.
+    Its attention then takes any mask, no bias or window of its attention goes by places in the
+    cache (ALiBi of Falcon, `counts_places`), and no adapter reads the previous token.
     """
     return (
         model.config._attn_implementation in MASKED
         and not getattr(model.config, "alibi", False)
-        and "local" not in getattr(model.config, "attention_layers", ())
-        and "position_ids" in inspect.signature(model.forward).parameters
+        and not counts_places(model)
         and not any(map(_reads_previous_token, model.modules()))
     )
 

@@ -221,7 +221,9 @@ def summary(comparison: Comparison) -> list[str]:
     # how many rows a run measures follows its cost
     measured = dict.fromkeys((each["rows"], each.get("tokens")) for each in found)
     if len(measured) > 1:
-        texts = (f"{rows}" + (tokens and f" of {tokens:,} tokens" or "") for rows, tokens in measured)
+        texts = (
+            f"{rows}" + ((tokens and f" of {tokens:,} tokens") or "") for rows, tokens in measured
+        )
         sentences.append(
             f"What was lost was not measured on the same texts in all runs ({'; '.join(texts)}): "
             "retain.rows=N gives each run the same ones."

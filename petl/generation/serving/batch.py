@@ -6,6 +6,7 @@ of prompt and answer, Q tokens of a pass, N nodes of one over drafts, V tokens o
 """
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -24,10 +25,11 @@ from petl.data.tasks.image_text.prompt import ImagePrompt
 from petl.efficiency.drafting import tree
 from petl.efficiency.drafting.cache import compact
 from petl.efficiency.drafting.calls import why_plain
-from petl.efficiency.drafting.passes import has_position_table, takes_trees
+from petl.efficiency.drafting.passes import counts_places, has_position_table, takes_trees
 from petl.efficiency.drafting.registry import drafter
 from petl.efficiency.drafting.rounds import Rounds, Take
 from petl.efficiency.in_place_cache import cache_argument
+from petl.errors import UnsupportedError, printable
 from petl.generation.inference.language_model import BASE, LanguageModel
 from petl.generation.serving import kv_cache
 from petl.generation.serving.prefixes import BLOCK, PrefixCache, PromptBlock, fill
@@ -35,6 +37,19 @@ from petl.generation.serving.request import Request
 from petl.training.generation import padded
 
 NO_ADAPTER = "__base__"  # PEFT's word
+# of logits, relative; assumption: rounding to 8 bits makes less, another text more
+GAP = 0.2
+logger = logging.getLogger(__name__)
+
+
+def name_of(adapter: str) -> str:
+    """Return PEFT's name of what a request chooses."""
+    return NO_ADAPTER if adapter == BASE else adapter
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of a difference of logits, relative to that of their spread."""
+    return float((found - expected).norm() / (expected - expected.mean(-1, True)).norm())
 
 
 class BatchPasses:
@@ -75,8 +90,53 @@ class BatchPasses:
         # passes over several tokens behind a cache are right
         goes_on = self.mergeable and not why_plain(model.base)
         self.prefixes = prefixes if goes_on else None
+        self.counts_places = counts_places(model.base)
         can_draft = drafter is not None and goes_on
         self.drafts = Drafts(model.base, str(drafter)) if can_draft else None
+
+    def check(self, ids: Sequence[int], adapter: str) -> None:
+        """Compare passes behind a cache, and beside a longer row, with those over whole rows.
+
+        Where padding changes logits, rows are not put together from now on.
+
+        Args:
+            ids: of a text, three or more.
+            adapter: of all rows, unless these passes have one.
+
+        Raises:
+            UnsupportedError: passes behind a cache differ: the model has states that it lacks.
+        """
+        rows = [ids, ids[:-2]] if self.mergeable else [ids]
+        try:
+            expected = [self._last_logits([row], 0, adapter) for row in rows]
+            gap = relative(self._last_logits(rows, len(ids) - 1, adapter), torch.cat(expected))
+            if gap > GAP and self.mergeable:
+                gap = relative(self._last_logits([ids], len(ids) - 1, adapter), expected[0])
+                self.mergeable = gap > GAP
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self._unserved(f"it has no cache to go on behind ({printable(error)})") from error
+        if not gap < GAP:
+            raise self._unserved(
+                f"behind a cache its logits are others, by {gap:.2g} of their norm"
+            )
+        if len(rows) > 1 and not self.mergeable:
+            logger.info("requests are answered one after the other: padding changes the logits")
+
+    def _unserved(self, reason: str) -> UnsupportedError:
+        name = type(self.model.base).__name__
+        return UnsupportedError(
+            f"petl serve cannot answer with {name}: {reason}; use petl generate"
+        )
+
+    def _last_logits(self, rows: Sequence[Sequence[int]], known: int, adapter: str) -> Tensor:
+        """Return the logits behind rows, [B, V], in one pass, or in two, the first over `known`."""
+        inputs = padded(rows, pad_id(self.model.tokenizer), on_left=True)
+        ids, mask = (each.to(self.model.base.device) for each in inputs.values())
+        names = AdapterRows([name_of(adapter)] * len(rows), is_generation_call=True)
+        cache, shifts = self.new_cache(), [0] * len(rows)
+        if known:
+            self.next_logits(ids[:, :known], mask[:, :known], cache, names, shifts)
+        return self.next_logits(ids[:, known:], mask, cache, names, shifts)
 
     def new_cache(self) -> DynamicCache:
         """An empty cache for these passes."""
@@ -98,6 +158,9 @@ class BatchPasses:
             return
         # virtual tokens have entries, too
         if {layer.keys.shape[2] for layer in kv_cache.filled(batch.cache)} != {batch.mask.shape[1]}:
+            return
+        # layers of a method's own, such as the states of a router, have more to keep
+        if not kv_cache.has_plain_layers(batch.cache):
             return
         for row, request in enumerate(batch.requests):
             owner = id(self), request.adapter
@@ -241,6 +304,9 @@ class Batch:
         blocks = [self.passes.known(request) for request in self.requests]
         # of all as much as of the one with the least: see `Slot.advance`
         count = min(map(len, blocks))
+        # prompts of different lengths have padding behind what is known
+        if self.passes.counts_places and len({len(r.prompt) for r in self.requests}) > 1:
+            count = 0
         if count:
             fill(self.cache, [each[:count] for each in blocks])
         known = count * BLOCK
@@ -303,7 +369,7 @@ class Batch:
 
     def _rename(self) -> None:
         """Begin a new list of adapters, with which the layers' stacked weights are kept."""
-        names = [NO_ADAPTER if r.adapter == BASE else r.adapter for r in self.requests]
+        names = [name_of(request.adapter) for request in self.requests]
         self.names = AdapterRows(names, is_generation_call=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from petl.efficiency.in_place_cache import write_in_place
+from petl.efficiency.in_place_cache import InPlaceLayer, write_in_place
 
 # exactly these classes: a subclass may keep other states
 MERGEABLE = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -21,6 +21,11 @@ def holds_only_keys_and_values(config: PretrainedConfig) -> bool:
     Recurrent layers, as in Mamba, have other states, which padding would change.
     """
     return all(type(layer) in MERGEABLE for layer in DynamicCache(config=config).layers)
+
+
+def has_plain_layers(cache: DynamicCache) -> bool:
+    """True if keys and values are all that a cache has, so that they can be put into another."""
+    return all(type(layer) in (*MERGEABLE, InPlaceLayer) for layer in filled(cache))
 
 
 def new_cache(config: PretrainedConfig, *, mergeable: bool) -> DynamicCache:

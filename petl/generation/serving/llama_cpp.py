@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 Fields = dict[str, object]
 # what a processor of transformers is in a request to llama.cpp
+RANDOM = 2**32 - 1  # a seed for which llama.cpp draws other numbers each time
 FIELDS: dict[type[LogitsProcessor], Callable[[Any], Fields]] = {
     TemperatureLogitsWarper: lambda each: {"temperature": each.temperature},
     TopKLogitsWarper: lambda each: {"top_k": each.top_k},
@@ -87,7 +88,7 @@ def sampling_fields(chooser: Chooser) -> Fields:
         "repeat_last_n": POSITIONS,  # prompt and answer, as transformers has it
         # the order of transformers
         "samplers": ["penalties", "temperature", "top_k", "top_p"],
-        "seed": -1 if chooser.seed is None else chooser.seed % 2**32,
+        "seed": -1 if chooser.seed is None else chooser.seed % RANDOM,
         # 0 would report nothing at all
         "n_probs": 0 if chooser.top_logprobs is None else max(chooser.top_logprobs, 1),
     }

@@ -44,6 +44,7 @@ from petl.system.progress import ProgressItems
 
 logger = logging.getLogger(__name__)
 MAX_NAME = 100  # characters
+TEXT = "a text of several tokens"  # which passes behind a cache are checked with
 
 
 def named_runs(words: list[str]) -> dict[str, str]:
@@ -197,9 +198,15 @@ def load_served(
     prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
     loader = ModelLoader(shared, drafter, small, prefixes)
     served = loader.adapters(other_base)
-    served = {shared.name: loader.base_model(served), **served}
+    # before the base's own lane, whose drafts look for the layers that they could pack
     if small is not None:
         answer_small(shared.language(shared.model), small.frozen(shared.model), small)
+    served = {shared.name: loader.base_model(served), **served}
+    # requests of several adapters share a lane
+    for each in {id(each.lane): each for each in served.values()}.values():
+        assert isinstance(each.lane, Slot)
+        ids = each.language.tokenizer(TEXT)["input_ids"]
+        each.lane.passes.check(ids, each.adapter)
     return served
 
 

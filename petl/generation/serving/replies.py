@@ -94,12 +94,12 @@ class Reply:
         """The chunk before the pieces of an answer, if there is one."""
         return None
 
-    def chunks(self, index: int, piece: AnswerPart, offset: int) -> list[Json]:
-        """The chunks of a piece; `offset` is the number of characters before it."""
+    def chunks(self, index: int, piece: AnswerPart) -> list[Json]:
+        """The chunks of a piece."""
         if not (piece.text or piece.logprobs or piece.finish):
             return []  # of a token whose text is held back
         logprobs = [piece.logprobs] if piece.logprobs else []
-        return [self._body(self.chunk_kind, [self._delta(index, piece, logprobs, offset)])]
+        return [self._body(self.chunk_kind, [self._delta(index, piece, logprobs)])]
 
     def usage_chunk(self, answers: Sequence[ReplyText], prompt_tokens: int) -> Json:
         """The chunk with the number of tokens, at the end of a stream."""
@@ -118,9 +118,7 @@ class Reply:
     def _choice(self, index: int, answer: ReplyText) -> Json:
         raise NotImplementedError
 
-    def _delta(
-        self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
-    ) -> Json:
+    def _delta(self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]]) -> Json:
         raise NotImplementedError
 
     def _token(self, found: LogProb) -> str:
@@ -152,10 +150,10 @@ class ChatReply(Reply):
         start = {"index": index, "delta": {"role": "assistant", "content": ""}}
         return self._body(self.chunk_kind, [{**start, **GOING_ON}])
 
-    def chunks(self, index: int, piece: AnswerPart, offset: int) -> list[Json]:
+    def chunks(self, index: int, piece: AnswerPart) -> list[Json]:
         """The chunks of a piece: its text as far as it is no call, calls once they are complete."""
         if self.reader is None:
-            return super().chunks(index, piece, offset)
+            return super().chunks(index, piece)
         stream = self._streams.setdefault(index, CallStream(self.reader))
         text, calls = stream.add(piece.text), []
         if piece.finish:
@@ -167,7 +165,7 @@ class ChatReply(Reply):
             choice: Json = {"index": index, "delta": {"tool_calls": deltas}}
             found = [self._body(self.chunk_kind, [{**choice, **GOING_ON}])]
         finish = "tool_calls" if calls and piece.finish == "stop" else piece.finish
-        return [*found, *super().chunks(index, replace(piece, text=text, finish=finish), offset)]
+        return [*found, *super().chunks(index, replace(piece, text=text, finish=finish))]
 
     def _choice(self, index: int, answer: ReplyText) -> Json:
         message: Json = {"role": "assistant", "content": answer.text}
@@ -185,9 +183,7 @@ class ChatReply(Reply):
             "finish_reason": finish,
         }
 
-    def _delta(
-        self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
-    ) -> Json:
+    def _delta(self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]]) -> Json:
         return {
             "index": index,
             # the last chunk has an empty delta, unless it ends with text that was held back
@@ -224,12 +220,17 @@ class CompletionReply(Reply):
     # in this older format, chunks are named like complete replies
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(model, tokenizer)
+        self._offsets: dict[int, int] = {}  # of the next token of each answer, in characters
+
     def _choice(self, index: int, answer: ReplyText) -> Json:
         return self._text(index, answer.text, answer.logprobs, answer.finish, 0)
 
-    def _delta(
-        self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]], offset: int
-    ) -> Json:
+    def _delta(self, index: int, piece: AnswerPart, logprobs: list[list[LogProb]]) -> Json:
+        # of all tokens so far: text of some may be held back
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + sum(len(self._token(chosen)) for chosen, *_ in logprobs)
         return self._text(index, piece.text, logprobs, piece.finish, offset)
 
     def _text(

@@ -413,9 +413,7 @@ class ServedAnswers:
             raise
         try:
             async for index, piece in self.pieces():
-                # `pieces` has added this piece already
-                before = len(self.found[index].text) - len(piece.text)
-                for chunk in reply.chunks(index, piece, before):
+                for chunk in reply.chunks(index, piece):
                     yield event(chunk)
         except Exception as error:  # the status of the reply was sent already
             logger.error("%s: %s", self.model, error)

@@ -243,7 +243,7 @@ def _pooled(head: nn.Module, read: Tensor, logits: Tensor | None, mask: Tensor |
         return read
     # the head scores each token, and the model takes one of them
     if logits is not None and logits.dim() == 2:
-        return one_vector(head, read, logits)
+        return one_vector(head, read, logits, mask)
     return _mean(read, mask)
 
 

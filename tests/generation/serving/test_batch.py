@@ -13,6 +13,12 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    TrOCRConfig,
+    TrOCRForCausalLM,
 )
 from writer_fixtures import adapt
 
@@ -182,6 +188,35 @@ def test_a_model_with_recurrent_states_answers_each_request_by_itself(writers):
     assert [answer_of(each) for each in requests] == [alone(model, each) for each in requests]
 
 
+def test_a_model_whose_state_is_not_in_the_cache_is_refused(writers):
+    torch.manual_seed(0)
+    config = RwkvConfig(
+        vocab_size=260, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2
+    )
+    model = plain(writers, RwkvForCausalLM(config))
+    with pytest.raises(UnsupportedError, match=r"RwkvForCausalLM.*petl generate"):
+        BatchPasses(model, BASE).check(model.encode(PROMPTS[1]), BASE)
+
+
+def test_rows_are_not_put_together_where_padding_changes_logits(writers):
+    torch.manual_seed(0)
+    config = TrOCRConfig(
+        vocab_size=260,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=48,
+        init_std=0.3,
+        eos_token_id=3,
+    )
+    model = plain(writers, TrOCRForCausalLM(config))
+    lane = Slot(BatchPasses(model, BASE))
+    lane.passes.check(model.encode(PROMPTS[1]), BASE)
+    requests = [request(model, text, BASE, 8) for text in PROMPTS[:4]]
+    run_staggered(lane, requests)
+    assert [answer_of(each) for each in requests] == [alone(model, each) for each in requests]
+
+
 def test_padding_that_all_rows_have_is_dropped(writers):
     model = writers.load("llama")
     batch = Batch(BatchPasses(model, BASE))
@@ -315,6 +350,41 @@ def test_a_pass_behind_a_known_beginning_reads_the_rest_alone(writers):
     shared = next(number for number, pair in pairs if len({*pair}) > 1)
     assert shared >= BLOCK
     assert widths == [len(one), len(two) - shared // BLOCK * BLOCK]
+
+
+@pytest.mark.parametrize("drafter", [None, "free"])
+def test_a_model_that_counts_places_in_the_cache_has_no_padding_behind_a_beginning(
+    writers, drafter
+):
+    torch.manual_seed(0)
+    config = MptConfig(
+        d_model=32,
+        n_heads=2,
+        n_layers=2,
+        vocab_size=260,
+        max_seq_len=512,
+        initializer_range=0.3,
+        eos_token_id=3,
+    )
+    model = plain(writers, MptForCausalLM(config))
+    lane = lane_of(model, PrefixCache(2**30), BASE, drafter)
+    run_staggered(lane, [request(model, SHARED, BASE, 1)])
+    requests = [request(model, SHARED + text, BASE, 9) for text in ("no", "what is it?", "w")]
+    lane.advance(requests)
+    run_staggered(lane, [request(model, SHARED + "xy", BASE, 9)])
+    assert [answer_of(each) for each in requests] == [alone(model, each) for each in requests]
+
+
+def test_the_states_of_a_router_are_no_beginning_of_another_prompt(writers, tmp_path):
+    fields = {"router_type": "pregated", "router_hidden_size": 8, "num_experts": 4, "r": 2}
+    adapt(LlamaForCausalLM, writers.folder / "llama", "mola", "CAUSAL_LM", tmp_path, 2, **fields)
+    model = load_language_model(tmp_path)
+    (name,) = model.adapters
+    lane = lane_of(model, PrefixCache(2**30))
+    requests = [request(model, SHARED + text, name, 6) for text in ("who", "what", "no")]
+    for each in requests:
+        run_staggered(lane, [each])
+    assert [answer_of(each) for each in requests] == [alone(model, each) for each in requests]
 
 
 def test_of_little_memory_the_latest_used_stay(writers):

@@ -53,6 +53,13 @@ def test_a_plain_model_is_served_by_its_name(writers):
     assert served["it"].language.is_chat
 
 
+def test_drafts_of_a_model_with_small_weights_pack_none_of_them(writers):
+    served = load_served({"it": str(writers.folder / "llama")}, weights="int8")
+    drafts = served["it"].lane.passes.drafts
+    assert drafts is not None
+    assert not drafts.rounds.packing.is_possible
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

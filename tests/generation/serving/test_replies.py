@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from petl.generation.serving.choice import LogProb
 from petl.generation.serving.replies import CompletionReply, ReplyText, bytes_of
+from petl.generation.serving.request import AnswerPart
 
 TEXT = "a é€ 🙂\n"
 
@@ -42,6 +43,17 @@ def test_the_space_before_a_word_belongs_to_its_token():
     reply = CompletionReply("m", tokenizer).whole([ReplyText(" cats a", 3, likely)], 1)
     found = reply["choices"][0]["logprobs"]
     assert (found["tokens"], found["text_offset"]) == ([" cat", "s", " a"], [0, 4, 5])
+
+
+def test_offsets_of_a_stream_count_tokens_whose_text_is_held_back():
+    tokenizer = byte_tokenizer()
+    tokens = [tokenizer.convert_tokens_to_ids(each) for each in "abcd"]
+    texts = ["a", "", "bc", "d"]  # b may begin a stop text
+    reply, found = CompletionReply("m", tokenizer), []
+    for count, (token, text) in enumerate(zip(tokens, texts, strict=True), start=1):
+        (chunk,) = reply.chunks(0, AnswerPart(text, count, [LogProb(token, -1.0)]))
+        found += chunk["choices"][0]["logprobs"]["text_offset"]
+    assert found == [0, 1, 2, 3]
 
 
 def test_a_token_that_is_no_bytes_has_those_of_its_text():
