@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,11 @@ from petl.errors import RunStopped
 from petl.system.collectives import gathered, is_sharded
 from petl.system.files.disk import atomic_file, stop_when_full
 from petl.system.progress import Pass, ProgressItems
-from petl.training.dataloader import Splits, load, longest_first
+from petl.training.dataloader import Batch, Splits, load, longest_first
 from petl.training.runs.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from petl.training.feature_cache import FeatureCache
 
 SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 logger = logging.getLogger(__name__)
@@ -159,7 +162,12 @@ class Evaluator:
     batch_size: int
 
     def test(
-        self, *, when: str = "", kept: Path | None = None, known: KnownScores | None = None
+        self,
+        *,
+        when: str = "",
+        kept: Path | None = None,
+        known: KnownScores | None = None,
+        store: "FeatureCache | None" = None,
     ) -> dict[str, float]:
         """Return the scores over the test rows, and those of generated answers if there are any.
 
@@ -170,6 +178,7 @@ class Evaluator:
             kept: the file that the predictions are written to, of each row; None: they are not
                 kept.
             known: returns the task's scores if another pass has computed them; None: it has not.
+            store: what an earlier run has computed of these rows, and takes what this one does.
 
         Raises:
             RunStopped: the outputs are not finite; the message names the first such tensor.
@@ -180,7 +189,7 @@ class Evaluator:
         collected = predictions if kept else None
         scores = known(self.model, splits.task, accelerator) if known and kept is None else None
         if scores is None:
-            scores = self.rows(splits.test, collected, what)
+            scores = self.rows(splits.test, collected, what, store=store)
         self._refuse_not_finite(scores)
         if splits.task.generate is not None:
             scores |= self.answers(predictions, when=when)
@@ -246,6 +255,7 @@ class Evaluator:
         what: str | None = None,
         *,
         tunes: bool = False,
+        store: "FeatureCache | None" = None,
     ) -> dict[str, float]:
         """Return the task's scores over some rows; also of each task or set, if there are several.
 
@@ -254,13 +264,15 @@ class Evaluator:
             what: the pass does, for the display of its progress; None: the validation of a
                 training, whose passes are frequent.
             tunes: True for validation rows: what predictions depend on is chosen for them.
+            store: as of `test`.
         """
         task = self.splits.task
         names, column = (task.tasks, IDS) if task.tasks else (self.splits.sets, SET)
         order = longest_first(task.lengths(rows))
         if not names or task.scores_by_task:
             part = ScoredPart(rows, order)
-            return part.summarized(task, self.one_pass(part, predictions, what), tunes=tunes)
+            found = self.one_pass(part, predictions, what, store)
+            return part.summarized(task, found, tunes=tunes)
         ids = list(rows[column])
         parts, orders, by_task = [], [], {}
         for number, name in enumerate(names):
@@ -270,7 +282,7 @@ class Evaluator:
                 continue
             shown = what and f"{what}: the {len(own):,} of {name}"
             part = ScoredPart(rows, own)
-            found = self.one_pass(part, predictions, shown)
+            found = self.one_pass(part, predictions, shown, store)
             by_task |= named(name, part.summarized(task, found, tunes=tunes), task.metric)
             parts.append(found)
             orders += own
@@ -278,7 +290,11 @@ class Evaluator:
         return ScoredPart(rows, orders).summarized(task, total, tunes=tunes) | by_task
 
     def one_pass(
-        self, part: ScoredPart, predictions: Predictions | None, what: str | None
+        self,
+        part: ScoredPart,
+        predictions: Predictions | None,
+        what: str | None,
+        store: "FeatureCache | None" = None,
     ) -> Tensor:
         """Return the sum of `Task.score` over the rows, or the values of each, in their order."""
         model, splits, accelerator, size = (
@@ -303,20 +319,32 @@ class Evaluator:
         loaded = load(rows, splits.collate, batches, accelerator.device)
         shown = ProgressItems(loaded, what or "validation", len(batches), quiet=what is None)
         for positions, batch in zip(batches, shown, strict=True):
-            with accelerator.autocast():
-                outputs = task.outputs(model, batch)  # without labels: `score` computes the loss
-            values = None
+            predicts = predictions is not None
+            known = store.found(batch, 1 + predicts) if store else []
+            found = [each.to(accelerator.device) for each in known]
+            if not found:
+                found = self._scored(batch, predicts=predicts)
+                if store:
+                    store.keep(batch, found)
+            parts.append(found[0])
             if predictions is not None:
-                values = task.predict(outputs, batch)
-                predictions.add(positions, values)
-            is_scored = values is not None and task.sums_predictions
-            parts.append(values.sum(0) if is_scored else task.score(outputs, batch))
+                predictions.add(positions, found[1])
         model.train(was_training)
         if task.by_row:
             values = accelerator.gather(torch.cat(parts))
             return interleaved(values, accelerator.num_processes)[: len(order)]
         total = torch.stack(parts)[: len(own)].sum(0)
         return accelerator.reduce(total, reduction="sum")
+
+    def _scored(self, batch: Batch, *, predicts: bool) -> list[Tensor]:
+        """Return the score of a batch, and its predictions if they are asked for."""
+        task = self.splits.task
+        with self.accelerator.autocast():
+            outputs = task.outputs(self.model, batch)  # without labels: `score` computes the loss
+        if not predicts:
+            return [task.score(outputs, batch)]
+        values = task.predict(outputs, batch)
+        return [values.sum(0) if task.sums_predictions else task.score(outputs, batch), values]
 
     @torch.no_grad()
     def answers(

@@ -1,12 +1,14 @@
 """Inputs of a model's head in petl's cache, by content: runs on the same base and rows read them.
 
+Likewise what the test rows are scored by before training, of tasks without a new head.
+
 A file has the inputs of all batches of some rows, each under a digest of what the model was given.
 Its name is that of what computes them: weights, config, precision, versions. Values equal those of
 a pass up to rounding, since methods and accelerations compute the base's products in other orders.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import transformers
@@ -20,6 +22,7 @@ from petl.efficiency.frozen.prefix import OTHER
 from petl.system.files.disk import is_as_noted, note_digest, write_atomic
 from petl.system.files.paths import cache_folder
 
+PART = "part"  # of what is kept for a batch: its number
 FOLDER = "features"  # of the files, in petl's cache
 FORMAT = 2  # increment when the meaning of a file changes
 WRAPPED = ("base_layer", "original_module")  # where PEFT keeps what an adapter wraps
@@ -63,6 +66,18 @@ class FeatureCache:
         if self._keeps and self._bytes <= MOST_BYTES:
             self._found[_digest(batch)] = vectors.detach().cpu().contiguous()
             self.is_new = True
+
+    def found(self, batch: Mapping[str, object], count: int) -> list[Tensor]:
+        """Return the tensors that `keep` was given for a batch; [] unless all are there."""
+        tensors = [self.find({**batch, PART: number}) for number in range(count)]
+        known = [each for each in tensors if each is not None]
+        return known if len(known) == count else []
+
+    def keep(self, batch: Mapping[str, object], tensors: Iterable[Tensor]) -> None:
+        """Keep several tensors for a batch."""
+        for number, tensor in enumerate(tensors):
+            # predictions may be the score itself, and a file has no tensor twice
+            self.add({**batch, PART: number}, tensor.clone())
 
     def write(self) -> None:
         """Write the file if a batch was added to it; a disk that does not take it is logged."""

@@ -33,6 +33,7 @@ from petl.training.runs.settings import TrainConfig
 if TYPE_CHECKING:
     from petl.training.dataloader import Splits, TrainingRows
     from petl.training.evaluate import Evaluator, KnownScores
+    from petl.training.feature_cache import FeatureCache
     from petl.training.runs.config import RunConfig
     from petl.training.runs.run_folder import Run
 
@@ -152,13 +153,17 @@ class Context:
         return self.evaluator.rows(rows, what=what)
 
     def test(
-        self, when: str, kept: Path | None, known: "KnownScores | None" = None
+        self,
+        when: str,
+        kept: Path | None,
+        known: "KnownScores | None" = None,
+        store: "FeatureCache | None" = None,
     ) -> dict[str, float] | None:
         """Return the scores on the test rows; None with `train.test=false`."""
         self.run.timer.start()
         scores = None
         if self.settings.test:
-            scores = self.evaluator.test(when=when, kept=kept, known=known)
+            scores = self.evaluator.test(when=when, kept=kept, known=known, store=store)
         self.run.timer.mark("evaluation")
         return scores
 

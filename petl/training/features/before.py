@@ -4,15 +4,22 @@ import logging
 from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
-from petl.core.registry import is_computed
-from petl.core.types import Fields, Record
+import torch
+from torch import nn
+
+from petl.core.registry import is_computed, keeps_base
+from petl.core.types import Fields, Record, base_of
 from petl.data.overlap import Overlap
 from petl.errors import InputError
 from petl.training.features import Context, RunFeature, Setup
 from petl.training.features.section import Section
 from petl.training.runs.config import RunConfig
 from petl.training.runs.records import BEFORE
+
+if TYPE_CHECKING:
+    from petl.training.feature_cache import FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -91,5 +98,33 @@ class ScoreBefore(RunFeature):
         kept = run.path / BEFORE if task.generate or task.keeps_before else None
         # without an adapter that calibration has made
         with model.disable_adapter() if is_computed(model.active_peft_config) else nullcontext():
-            scores = context.test("before training", kept, known=context.known)
+            store = self._store(context)
+            scores = context.test("before training", kept, known=context.known, store=store)
+        if store is not None:
+            store.write()
         context.add({self.key: scores}, "evaluation")
+
+    def _store(self, context: Context) -> "FeatureCache | None":
+        """Return what runs on the same base and rows have in common; None: this one has not."""
+        splits, model, accelerator = context.splits, context.model, context.accelerator
+        # a new head is another one with each seed; answers are generated
+        if splits.task.new_head or splits.task.generate or accelerator.num_processes > 1:
+            return None
+        # an adapter that was trained before may change few rows
+        trained = context.settings.init_from is not None
+        if trained or not (context.settings.test and keeps_base(model.active_peft_config)):
+            return None
+        from petl.data.tasks.encoding_cache import content_hash  # where they are of use
+        from petl.training.evaluate import ScoredPart
+        from petl.training.feature_cache import FeatureCache, computation
+
+        evaluator = context.evaluator
+        # any other that has a part in the outputs changes those of all
+        first = ScoredPart(splits.test.select([0]), [0])
+        start = evaluator.one_pass(first, None, None)
+        with model.disable_adapter():
+            if not torch.equal(start, evaluator.one_pass(first, None, None)):
+                return None
+        name, task = computation(base_of(model), nn.Module()), splits.task
+        about = (content_hash(splits.test), repr(task), evaluator.batch_size)
+        return FeatureCache(name, str(accelerator.mixed_precision), *about)
