@@ -14,9 +14,10 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 
 from datasets import Dataset
@@ -27,7 +28,15 @@ from petl.data.base import read_from, refuse_stream
 from petl.data.models.loading import load_processor
 from petl.errors import InputError, RunStopped
 from petl.experiments.advice.candidates import SIMPLEST, needs, shortlist, within, words_of
-from petl.experiments.advice.evidence import LEVEL, Evidence, Rows, Setting, Trial, row_error
+from petl.experiments.advice.evidence import (
+    LEVEL,
+    Evidence,
+    Rows,
+    Setting,
+    Trial,
+    possible,
+    row_error,
+)
 from petl.experiments.advice.rounds import (
     PlannedRounds,
     PlannedRun,
@@ -51,7 +60,7 @@ from petl.system.settings.command_line import (
 )
 from petl.training import program as app
 from petl.training.compose import compose
-from petl.training.dataloader import Splits, encode_splits
+from petl.training.dataloader import Splits, digest, encode_splits
 from petl.training.distributed.launch import alone
 from petl.training.distributed.launch import start as start_device
 from petl.training.features import features_of, orders_of
@@ -158,21 +167,21 @@ class Advisor:
         refuse_stream(data.train, "petl advise")  # its length is unknown
         assert isinstance(data.train, Dataset)
         constraints = needs(self.request.need, data.task.peft_task_type)
-        if len(data.train) < FEWEST_ROWS:
-            self.list = shortlist(constraints)
-            return self._written(self._prior(len(data.train)))
-        share = min(SHARE, ENOUGH / len(data.train))
-        settings = self._common(share)
-        run = read_config(compose([f"+method={SIMPLEST}", *self.request.overrides, *settings]))
+        is_enough = len(data.train) >= FEWEST_ROWS
+        share = min(SHARE, ENOUGH / len(data.train)) if is_enough else 0.0
+        self.common = self._common(share) if is_enough else []
+        run = read_config(compose([f"+method={SIMPLEST}", *self.request.overrides, *self.common]))
         processor = load_processor(run.model, data.task)
         orders = orders_of(features_of(run.resolved))
         splits = encode_splits(data, processor, run.train, self.device, orders)
         if self.request.bytes is not None:
             constraints.append(within(self.request.bytes, self.request.overrides, splits))
         self.list = shortlist(constraints)
+        self.planned = self._read(identity(run.resolved), rows_of(splits))
+        if not is_enough:
+            self.note()
+            return self._written(self._prior(len(data.train)))
         self.sizes = sizes_of(splits, run.train.batch_size, share, splits.sampler(run.train).steps)
-        self.common = settings
-        self.planned = self._read(identity(run.resolved))
         # of a command that is resumed, what was spent before counts too
         self.before = self.planned["spent"]
         try:
@@ -184,23 +193,32 @@ class Advisor:
 
     # What was planned
 
-    def _read(self, settings: Record) -> Planned:
+    def _read(self, settings: Record, rows: str) -> Planned:
         request = {
             **{k: v for k, v in asdict(self.request).items() if k not in ("folder", "overrides")},
+            "rows": rows,
             **{k: v for k, v in settings.items() if k not in FREE},
         }
         # as JSON gives it back, and without what was not asked for
         request = {key: value for key, value in request.items() if value not in (None, [])}
+        new = Planned(request=request, seconds=None, rungs=[], last=None, spent=0.0)
         file = self.request.folder / SCHEDULE
         if not file.exists():
-            return Planned(request=request, seconds=None, rungs=[], last=None, spent=0.0)
+            return new
         found = read_json(file, Planned)
-        others = differences(found["request"], request)
-        if others:
+        # another limit chooses among the same trials, if they measured what it limits
+        is_lost_known = "lost" in found["request"] and "lost" in request
+        limit = {"lost": request["lost"]} if is_lost_known else {}
+        others = differences({**found["request"], **limit}, request)
+        if others and found["rungs"]:
             raise InputError(
                 f"{self.request.folder} has the advice of another command ({', '.join(others[:3])})"
-                ": use the same options and settings, or another --out"
+                ": use the same options, settings and rows, or another --out"
             )
+        if others:  # which ended before it had tried anything
+            return new
+        if found["request"] != request:
+            found.update(request=request, last=None)
         return found
 
     def note(self) -> None:
@@ -223,10 +241,10 @@ class Advisor:
         limit = self.request.seconds
         if limit is None:
             return self.sizes.steps
-        fixed = self.seconds.begin + self.seconds.run
-        steps = math.floor((limit - fixed) / self.seconds.step)
+        fixed, step = self.seconds.begin + self.seconds.run, self.seconds.step * self.longer
+        steps = math.floor((limit - fixed) / step)
         if steps < min(FEWEST_STEPS, self.sizes.steps):
-            needed = fixed + self.seconds.step * min(FEWEST_STEPS, self.sizes.steps)
+            needed = fixed + step * min(FEWEST_STEPS, self.sizes.steps)
             raise InputError(
                 f"--seconds {limit:g} leaves {max(0, steps)} steps of {SIMPLEST}, of which "
                 f"{FEWEST_STEPS} need {needed:.0f} processor seconds here: give more"
@@ -234,21 +252,31 @@ class Advisor:
         return min(steps, self.sizes.steps)
 
     @property
+    def longer(self) -> float:
+        """Steps of a training on all rows, per step of one without those for validation."""
+        return 1 / (1 - self.sizes.share) if self.config.train.steps is None else 1.0
+
+    @property
     def unit(self) -> float:
         """Processor seconds of the plain run: all rows, the user's length, one test scoring."""
         # a pass without gradients takes about a third of a step
         scored = self.sizes.test / self.sizes.batch / 3
-        steps = self.sizes.steps / (1 - self.sizes.share) + scored
+        steps = self.sizes.steps * self.longer + scored
         return self.seconds.begin + self.seconds.of(1, round(steps))
 
     # The runs
 
     def _common(self, share: float) -> list[str]:
-        retained = "retain.data=null" if self.request.lost is None else f"retain.rows={RETAINED}"
+        own = [word.lstrip("+~").partition("=")[0] for word in self.request.overrides]
+        if self.request.lost is not None:
+            retained = [] if "retain.rows" in own else [f"retain.rows={RETAINED}"]
+        else:  # texts that retain.mix trains on stay
+            is_given = any(name.partition(".")[0] == "retain" for name in own)
+            retained = [] if is_given else ["retain.data=null"]
         return [
             *("train.linear_probe=false", "train.score_before=false", "train.test=false"),
             *(f"train.eval_steps={AT_THE_END}", f"train.validation_share={share:.4g}"),
-            *("train.keep_checkpoints=1", "train.resume=auto", retained),
+            *("train.keep_checkpoints=1", "train.resume=auto", *retained),
         ]
 
     def folder_of(self, run: PlannedRun, *, last: bool = False) -> Path:
@@ -289,8 +317,9 @@ class Advisor:
         failed = [job for job in jobs if job.error is not None]
         # such as a rate at which the loss is not finite
         for job in failed:
-            logger.warning("a trial failed, and is left out: see %s", job.log)
-        if len(failed) == len(runs):
+            kind = "the run of full length" if last else "a trial"
+            logger.warning("%s failed, and is left out: see %s", kind, job.log)
+        if len(failed) == len(runs) and not self.results:
             raise RunStopped(
                 f"all {len(runs)} runs failed, see {failed[0].log}: {failed[0].error}", status=1
             )
@@ -378,10 +407,18 @@ class Advisor:
 
         Raises:
             InputError: none of them keeps --lost.
+            RunStopped: none of them has a finite score.
         """
         trials, lost = [], {}
         scores: Record = {}
-        for run, scores in self.results.values():
+        results = self.results
+        if not results:
+            raise RunStopped(
+                f"no trial in {self.request.folder / 'trials'} has a finite validation score: "
+                "look for values that are not finite in the rows, and in the losses of the logs",
+                status=1,
+            )
+        for run, scores in results.values():
             setting = setting_of(run)
             score, loss = quality_of(scores, validation_of(scores))
             trials.append(Trial(setting, run["seed"], run["steps"], score, loss))
@@ -407,27 +444,26 @@ class Advisor:
         prediction, variances = evidence.predicted()
         sign = 1 if scores["higher_is_better"] else -1
         # a sign that turns swaps the ends
-        limits = sorted((sign * prediction.low, sign * prediction.high))
-        made = {self.folder_of(run, last=True) for run in self.planned["last"] or []}
+        ends = sorted((sign * prediction.low, sign * prediction.high))
+        least, most = possible(scores["metric"], sign > 0)
+        center, low, high = (
+            min(most, max(least, value)) for value in (sign * prediction.center, *ends)
+        )
+        last = [self.folder_of(run, last=True) for run in self.planned["last"] or []]
+        made = {folder for folder in last if folder in results}
         own = next((f for f in results if f in made and setting_of(results[f][0]) == best), None)
         lost = -math.inf if own is None else lost_of(results[own][1])
-        constraints: Record = {}
-        for words, reasons in self.list.reasons.items():
-            found = evidence.forgone(self.list.excluded.get(words, []))
-            constraints[words] = {
-                "excludes": len(reasons),
-                "without": found and {**found[0]._asdict(), "gain": found[1]._asdict()},
-            }
         return {
             **self._line(best, self.full / self.sizes.steps),
             "run": own and str(own),
             "adapter": own and str(own / ADAPTER),
+            "failed": [f"{folder}.log" for folder in last if not is_finished(folder)],
             "metric": scores["metric"],
             "higher_is_better": scores["higher_is_better"],
             "predicted": {
-                "score": sign * prediction.center,
-                "low": limits[0],
-                "high": limits[1],
+                "score": center,
+                "low": low,
+                "high": high,
                 "level": LEVEL,
                 "degrees_of_freedom": prediction.degrees,
                 "variances": variances,
@@ -437,11 +473,12 @@ class Advisor:
             "lead": evidence.gain and evidence.gain._asdict(),
             "next_best": following
             and {**following._asdict(), "gain": evidence.difference(following, best)._asdict()},
-            "constraints": constraints,
+            "constraints": self._constraints(evidence),
             "lost": lost if math.isfinite(lost) else None,
             "trials": [
                 {**setting_of(run)._asdict(), "seed": run["seed"], "steps": run["steps"]}
                 | {"validation": sign * score_of(scores), "run": str(folder)}
+                | {"excluded": setting_of(run) in evidence.excluded}
                 for folder, (run, scores) in results.items()
             ],
             "rows": asdict(self.sizes),
@@ -449,11 +486,44 @@ class Advisor:
             "seconds": {"spent": self.planned["spent"], "plain_run": self.unit},
         }
 
+    def _constraints(self, evidence: Evidence) -> Record:
+        """Return by the words of each constraint what it excludes and costs, and how it is met."""
+
+        def entry(count: int, settings: Iterable[Setting], note: str = "") -> Record:
+            found = evidence.forgone(settings)
+            without = found and {**found[0]._asdict(), "gain": found[1]._asdict()}
+            return {"excludes": count, "without": without, "note": note}
+
+        excluded = self.list.excluded
+        found = {k: entry(len(v), excluded.get(k, [])) for k, v in self.list.reasons.items()}
+        limit, full = self.request.lost, self.full
+        if limit is not None:
+            lost = [(run, lost_of(scores)) for run, scores in self.results.values()]
+            own = [(r["steps"], value) for r, value in lost if setting_of(r) == evidence.best]
+            steps, value = max(own)
+            notes = [f"measured {value:.3f} at {steps:,} of {full:,} steps"]
+            notes += [
+                f"{named(setting_of(run)._asdict())} lost {value:.3f} at full length"
+                for run, value in lost
+                if value > limit and run["steps"] == full
+            ]
+            more = {setting_of(run) for run, value in lost if value > limit}
+            found[f"--lost {limit:g}"] = entry(len(more), more, "; ".join(notes))
+        if self.request.seconds is not None:
+            text = f"{full:,} of {self.sizes.steps:,} steps"
+            found[f"--seconds {self.request.seconds:g}"] = entry(0, [], text)
+        return found
+
     def _prior(self, rows: int) -> Record:
         """Return the advice without a trial: the usual setting of the first method allowed."""
         return {
             **self._line(self.list.allowed[0], 1.0),
             "predicted": None,
+            "unchecked": [
+                f"--{name} {value:g}"
+                for name in ("lost", "seconds")
+                if (value := getattr(self.request, name)) is not None
+            ],
             "rows": {"train": rows},
             "fewest_rows": FEWEST_ROWS,
             "cost": self.request.cost,
@@ -491,7 +561,10 @@ class Advisor:
             **chosen,
             "command": in_shell([*config_dir_words(), *words_of(setting), *kept, *changed]),
             "config": str(file),
-            "with_config": in_shell(["--config-dir", str(file.parents[1]), *recipe]),
+            # Hydra takes one such folder, and the user's may have what the settings name
+            "with_config": None
+            if config_dir_words()
+            else in_shell(["--config-dir", str(file.parents[1]), *recipe]),
         }
 
     def _written(self, advice: Record) -> Record:
@@ -514,3 +587,19 @@ def sizes_of(splits: Splits, batch: int, share: float, steps: int) -> Sizes:
     """Return how many rows and steps there are."""
     assert splits.validation is not None, "train.eval_steps is set"
     return Sizes(len(splits.known), len(splits.validation), len(splits.test), share, steps, batch)
+
+
+def rows_of(splits: Splits) -> str:
+    """Return what tells the rows of one command from those of another: counts, and a digest."""
+    parts = {
+        name: rows
+        for name, rows in (
+            ("train", splits.known),
+            ("validation", splits.validation),
+            ("test", splits.test),
+        )
+        if rows is not None and len(rows)
+    }
+    content = "".join(digest(rows) for rows in parts.values())
+    counts = ", ".join(f"{len(rows):,} {name}" for name, rows in parts.items())
+    return f"{counts} ({sha256(content.encode()).hexdigest()[:8]})"

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from scipy.special import stdtrit
 
-from petl.data.tasks.scores import INTERVAL, is_percentage
+from petl.data.tasks.scores import INTERVAL, RANKING, is_percentage
 
 LEVEL = 0.8  # of intervals
 SHARED = 0.7  # correlation of two adapters' errors on the same rows; assumption
@@ -117,6 +117,15 @@ def row_error(metric: str, scores: Mapping[str, float], count: int) -> float:
     if metric.endswith(CORRELATIONS):
         return (1 - value**2) / math.sqrt(max(1, count - 1))
     return LOSSES_VARY * abs(value) / math.sqrt(count)
+
+
+def possible(metric: str, higher_is_better: bool) -> tuple[float, float]:
+    """Return the least and the largest value that a score can have."""
+    if is_percentage(metric) or metric.partition("_at_")[0] in RANKING:
+        return 0.0, 1.0
+    if metric.endswith(CORRELATIONS):
+        return -1.0, 1.0
+    return (-math.inf if higher_is_better else 0.0), math.inf  # a loss
 
 
 @dataclass(frozen=True)
@@ -303,8 +312,10 @@ class Evidence:
         there, since its own rate was not chosen; else with the best allowed one. None: none of them
         was tried.
         """
-        # of each setting, the longest trial
-        tried = {t.setting: t for t in sorted(self.trials, key=lambda t: t.steps)}
+        # of each setting, the longest trial of a length that an allowed one has too
+        lengths = {trial.steps for trial in self.trials if trial.setting not in self.excluded}
+        common = (trial for trial in self.trials if trial.steps in lengths)
+        tried = {t.setting: t for t in sorted(common, key=lambda t: t.steps)}
         found = [tried[setting] for setting in settings if setting in tried]
         if not found:
             return None
@@ -314,7 +325,5 @@ class Evidence:
         method, _, rate = best.setting
         alike = [t for t in allowed if (t.setting.method, t.setting.rate) == (method, rate)]
         others = [trial.score for trial in alike or allowed]
-        if not others:
-            return None
         variance = 2 * (self.seeds[0] + self.rows.of_difference)
         return best.setting, interval(best.score - max(others), variance, self.seeds[1])

@@ -50,10 +50,13 @@ def facts_of(advice: Record) -> dict[str, str]:
     """Return what is said of the advice, by name."""
     if advice["predicted"] is None:
         rows, fewest = advice["rows"]["train"], advice["fewest_rows"]
-        return {
+        found = {
             "no interval": f"{rows} training rows are too few to hold some out for validation "
             f"({fewest} at least): this is the default, and nothing was tried"
         }
+        return found | (
+            {"not checked": ", ".join(advice["unchecked"])} if advice["unchecked"] else {}
+        )
     metric, predicted, spent = advice["metric"], advice["predicted"], advice["seconds"]
     between = interval_text(metric, (predicted["low"], predicted["high"]))
     found = {
@@ -65,13 +68,18 @@ def facts_of(advice: Record) -> dict[str, str]:
     if following:
         found["next best"] = f"{named(following)}: {gained(metric, following['gain'])}"
     for words, cost in advice["constraints"].items():
-        without = cost["without"]
-        text = f"excludes {cost['excludes']} choices"
+        without, texts = cost["without"], [cost["note"]] if cost["note"] else []
+        if cost["excludes"] or not texts:
+            texts.append(f"excludes {cost['excludes']} choices")
         if without:
-            text += f"; without it {named(without)}: {gained(metric, without['gain'])}"
-        found[words] = text + ("" if without or not cost["excludes"] else ", none of them tried")
+            texts.append(f"without it {named(without)}: {gained(metric, without['gain'])}")
+        elif cost["excludes"] and not cost["note"]:
+            texts[-1] += ", none of them tried"
+        found[words] = "; ".join(texts)
     if advice["lost"] is not None:
         found["lost on other texts"] = f"{advice['lost']:.3f}"
+    if advice["failed"]:
+        found["the run of full length"] = f"failed, see {', '.join(advice['failed'])}"
     if advice["run"] is not None:
         found["the adapter, trained"] = (
             f"{advice['adapter']} (`petl eval {advice['run']}` scores it on the test rows, which "
@@ -88,12 +96,13 @@ def facts_of(advice: Record) -> dict[str, str]:
 def verdict(advice: Record) -> str:
     """Return how the advised method compares with the simplest, in a sentence."""
     lead, leader = advice["lead"], advice["leader"]
-    methods = {trial["method"] for trial in advice["trials"]}
+    methods = {trial["method"] for trial in advice["trials"] if not trial["excluded"]}
+    excluded = "" if "lora" in methods else "; LoRA is excluded by a constraint"
     if methods == {advice["method"]}:
-        return "none was tried: the cost or the constraints left no room"
+        return f"none was tried: the cost or the constraints left no room{excluded}"
     if lead is None:
         others = ", ".join(sorted(methods - {advice["method"]}))
-        return f"none of those tried is better ({others})"
+        return f"none of those tried is better ({others}){excluded}"
     text = gained(advice["metric"], lead)
     if leader["method"] == advice["method"] != "lora":
         return f"{named(leader)} is better than the best LoRA: {text}"
@@ -102,11 +111,17 @@ def verdict(advice: Record) -> str:
     return f"{named(leader)} leads by {text}: cannot be told apart, so take LoRA"
 
 
+def lines_of(advice: Record) -> list[str]:
+    """Return the lines that train what is advised."""
+    return [line for line in (advice["command"], advice["with_config"]) if line is not None]
+
+
 def print_advice(advice: Record, folder: Path) -> None:
     """Print the advice."""
     echo(headline(advice))
-    echo(f"  {advice['command']}")
-    echo(f"  {advice['with_config']}", end="\n\n")
+    for line in lines_of(advice):
+        echo(f"  {line}")
+    echo()
     print_table(("", ""), facts_of(advice).items())
     echo()
     echo(f"page: {folder / PAGE}")
@@ -162,7 +177,7 @@ def write_page(advice: Record, folder: Path) -> Path:
         "Advice",
         PAGE,
         about=headline(advice),
-        advice=advice,
+        lines=lines_of(advice),
         facts=facts_of(advice),
         table=table,
         runs={at: address(file, folder) for at, file in table.links.items()} if table else {},

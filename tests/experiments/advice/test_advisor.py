@@ -2,9 +2,11 @@
 
 import csv
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from comparable import write_run
@@ -16,8 +18,10 @@ from petl.experiments.advice.candidates import at
 from petl.experiments.advice.evidence import Evidence, Rows, Setting, Trial
 from petl.experiments.advice.rounds import finalists
 from petl.experiments.advice.schedule import Rung
+from petl.experiments.reports.advised import facts_of, lines_of, verdict
 from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
+from petl.training.together.runs import RunJob
 
 pytest_plugins = ["training_fixtures"]
 
@@ -46,28 +50,31 @@ class Faked:
     def __init__(self, monkeypatch, score: Callable[..., float]) -> None:
         self.made, self.spent, self.score = [], 5.0, score
         self.stop_after: int | None = None
-        self.more: dict[str, object] = {}
-        faked = self
+        self.more: Any = {}  # of scores.json; or a function of the steps
+        self.fails: Callable[[str], bool] = lambda name: False  # by last/... or trials/...
+        monkeypatch.setattr("petl.experiments.advice.advisor.train_runs", self.train)
 
-        def make(advisor: Advisor, runs, *, last=False) -> float:
-            begun = faked.spent
-            for run in runs:
-                folder = advisor.folder_of(run, last=last)
-                if (folder / "scores.json").exists():
-                    continue
-                if len(faked.made) == faked.stop_after:
-                    raise RunStopped("interrupted")
-                method, rank, rate = run["setting"]
-                value = faked.score(method, rank, rate, run["steps"], run["seed"])
-                seconds = 0.1 * run["steps"]
-                figures = {"validation": value, "cpu_seconds": seconds, "steps": run["steps"]}
-                words = [f"+method={method}", f"train.lr={rate:g}"]
-                write_run(folder, 0.0, *words, **figures, **faked.more)
-                faked.made.append(str(folder.relative_to(advisor.request.folder)))
-                faked.spent += 1 + seconds
-            return faked.spent - begun
-
-        monkeypatch.setattr(Advisor, "_make", make)
+    def train(self, jobs: Sequence[RunJob], together: int) -> int:
+        for job in jobs:
+            given = dict(word.lstrip("+").split("=", 1) for word in job.words)
+            method, rank = given["method"], int(given["method.r"])
+            rate, steps = float(given["train.lr"]), int(given["train.steps"])
+            folder = job.log.with_name(job.log.name.removesuffix(".log"))
+            name = f"{folder.parent.name}/{folder.name}"
+            if len(self.made) == self.stop_after:
+                raise RunStopped("interrupted")
+            if self.fails(name):
+                job.error = "the loss is nan"
+                continue
+            value = self.score(method, rank, rate, steps, int(given["train.seed"]))
+            seconds = 0.1 * steps
+            figures = {"validation": value, "cpu_seconds": seconds, "steps": steps}
+            words = [f"+method={method}", f"train.lr={rate:g}"]
+            more = self.more(steps) if callable(self.more) else self.more
+            write_run(folder, 0.0, *words, **figures, **more)
+            self.made.append(name)
+            self.spent += 1 + seconds
+        return 0
 
     def advise(self, folder: Path, overrides: list[str], cost: float = 2.0, **more):
         """The advice; trials start without a run of theirs."""
@@ -164,6 +171,119 @@ def test_too_few_rows_get_the_default_without_an_interval(faked, tiny, tmp_path)
 
 
 @pytest.mark.thorough
+def test_too_few_rows_keep_constraints_and_say_what_was_not_checked(faked, tiny, tmp_path):
+    found = faked.advise(tmp_path, tiny.steady, bytes=20_000, lost=0.1, seconds=5.0)
+    assert found["rank"] < 8
+    assert facts_of(found)["not checked"] == "--lost 0.1, --seconds 5"
+
+
+def test_too_few_rows_of_another_command_leave_its_advice(faked, rows, tiny, tmp_path):
+    faked.advise(tmp_path, rows, cost=1.0)
+    before = (tmp_path / "advice.json").read_bytes()
+    with pytest.raises(InputError, match="another command"):
+        faked.advise(tmp_path, tiny.steady, cost=1.0)
+    assert (tmp_path / "advice.json").read_bytes() == before
+
+
+@pytest.mark.thorough
+def test_edited_rows_are_those_of_another_command(faked, rows, tmp_path):
+    file = tmp_path / "own.csv"
+    lines = Path(next(w for w in rows if w.startswith("data.train"))[11:]).read_text().splitlines()
+    own = [f"data.train={file}" if word.startswith("data.train") else word for word in rows]
+    file.write_text("\n".join(lines))
+    found = faked.advise(tmp_path / "a", own, cost=1.0)
+    assert faked.advise(tmp_path / "a", own, cost=1.0)["trials"] == found["trials"]
+    file.write_text("\n".join([*lines[:-1], lines[1]]))
+    with pytest.raises(InputError, match=r"rows='160 train.* there, '160 train.* here"):
+        faked.advise(tmp_path / "a", own, cost=1.0)
+
+
+@pytest.mark.thorough
+def test_a_corrected_command_goes_on_in_the_same_folder(faked, rows, tmp_path):
+    with pytest.raises(InputError, match=r"--seconds 6\.5"):
+        faked.advise(tmp_path, rows, seconds=6.5, cost=1.0)
+    faked.more = {"retained": {"drift": 0.5}}
+    with pytest.raises(InputError, match=r"--lost 0\.1"):
+        faked.advise(tmp_path, rows, lost=0.1, cost=1.0)
+    made = len(faked.made)
+    found = faked.advise(tmp_path, rows, lost=0.6, cost=1.0)
+    assert len(found["trials"]) >= made - 1, "those of the stricter limit count"
+    assert faked.made[1:made] == list(dict.fromkeys(faked.made[1:made]))
+
+
+def test_runs_that_fail_are_left_out_and_named(faked, rows, tmp_path):
+    faked.fails = lambda name: "steps-20-" not in name
+    found = faked.advise(tmp_path, rows)
+    assert {trial["steps"] for trial in found["trials"]} == {20}
+    (log,) = found["failed"]
+    assert "/last/" in log
+    assert facts_of(found)["the run of full length"] == f"failed, see {log}"
+    faked.fails = lambda name: True
+    with pytest.raises(RunStopped, match="all 1 runs failed"):
+        faked.advise(tmp_path / "b", rows)
+
+
+@pytest.mark.thorough
+def test_trials_without_a_finite_score_are_an_error_in_words(faked, rows, tmp_path):
+    faked.score = lambda *_: math.nan
+    with pytest.raises(RunStopped, match="no trial in .* finite"):
+        faked.advise(tmp_path, rows)
+
+
+@pytest.mark.thorough
+def test_the_plain_run_trains_on_all_rows_by_epochs_and_not_by_steps(faked, rows, tmp_path):
+    # the start takes 5 seconds, a run 1, a step 0.1; 50 test rows count as 2 steps
+    by_epochs = faked.advise(tmp_path / "a", rows, cost=1.0)["seconds"]["plain_run"]
+    assert by_epochs == pytest.approx(5 + 1 + 0.1 * (250 + 2))
+    faked.spent = 5.0
+    by_steps = faked.advise(tmp_path / "b", [*rows, "train.steps=200"], cost=1.0)
+    assert by_steps["seconds"]["plain_run"] == pytest.approx(5 + 1 + 0.1 * (200 + 2))
+
+
+@pytest.mark.thorough
+def test_a_full_run_that_loses_too_much_is_named(faked, rows, tmp_path):
+    faked.more = lambda steps: {"retained": {"drift": 0.05 if steps < 150 else 0.5}}
+    found = faked.advise(tmp_path, rows, lost=0.1)
+    assert found["run"] is None
+    fact, steps = facts_of(found)["--lost 0.1"], max(t["steps"] for t in found["trials"])
+    assert steps == 200
+    assert "lora, r 8, lr 0.003 lost 0.500 at full length" in fact
+    assert "measured 0.050 at" in fact
+    assert found["constraints"]["--lost 0.1"]["without"]["rate"] == 0.003 != found["rate"]
+
+
+@pytest.mark.thorough
+def test_lora_that_a_constraint_excludes_is_not_counted_as_tried(faked, rows, tmp_path):
+    faked.score = lambda method, *_: 0.9 if method == "lora" else 0.6
+    found = faked.advise(tmp_path, [*rows, "train.epochs=20"], 6.0, bytes=9_000)
+    assert "lora" in {trial["method"] for trial in found["trials"]}
+    assert "(lora" not in verdict(found)
+    assert "LoRA is excluded" in verdict(found)
+
+
+def test_predictions_are_values_that_a_score_can_have(faked, rows, tmp_path):
+    faked.score = lambda *_: 1.0
+    predicted = faked.advise(tmp_path, rows, cost=1.0)["predicted"]
+    assert predicted["low"] < predicted["score"] == predicted["high"] == 1
+
+
+@pytest.mark.thorough
+def test_texts_that_are_trained_on_stay(faked, rows, tiny, tmp_path):
+    model = [word for word in tiny.complete if word.startswith(("model", "data.task"))]
+    words = [*model, *(word for word in rows if not word.startswith("model"))]
+    words += ["retain.mix=0.1", "retain.data=bundled"]
+    assert faked.advise(tmp_path, words, cost=1.0)["method"] == "lora"
+
+
+@pytest.mark.thorough
+def test_with_a_folder_of_the_users_one_line_is_given(faked, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("petl.system.settings.command_line._added", [tmp_path])
+    found = faked.advise(tmp_path / "a", rows, cost=1.0)
+    assert lines_of(found) == [found["command"]]
+    assert f"--config-dir {tmp_path}" in found["command"]
+
+
+@pytest.mark.thorough
 def test_what_a_constraint_costs_is_tried(faked, rows, tmp_path):
     faked.score = lambda method, rank, *_: 0.5 + 0.01 * rank * (method == "lora")
     found = faked.advise(tmp_path, rows, bytes=20_000)
@@ -188,11 +308,11 @@ def test_settings_that_lose_too_much_are_not_advised(faked, rows, tmp_path):
 
 @pytest.mark.thorough
 def test_a_limit_of_seconds_shortens_the_training(faked, rows, tmp_path):
-    # the start takes 5 seconds, a run 1, a step 0.1: 4 are left
+    # the start takes 5 seconds, a run 1, a step 0.1: 4 are left, for 40 steps on all 200 rows
     found = faked.advise(tmp_path / "a", rows, seconds=10.0)
-    assert {t["steps"] for t in found["trials"] if "/last/" in t["run"]} == {40}
-    steps = 10 * found["rows"]["train"] / 8
-    assert found["epochs"] == pytest.approx(10 * 40 / steps, rel=0.02)
+    assert {t["steps"] for t in found["trials"] if "/last/" in t["run"]} == {32}
+    assert found["epochs"] == pytest.approx(40 / (200 / 8), rel=0.02)
+    assert facts_of(found)["--seconds 10"] == "32 of 200 steps"
     assert f"train.epochs={found['epochs']}" in found["command"]
     with pytest.raises(InputError, match=r"--seconds 6\.5"):
         faked.advise(tmp_path / "b", rows, seconds=6.5)
