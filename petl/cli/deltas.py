@@ -1,5 +1,6 @@
 """The commands `petl compress`, `petl prune` and `petl combine`: adapters as material."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -151,5 +152,6 @@ def narrow(options: NarrowOptions) -> None:
     narrow_folder(saved.adapter, k, out)
     if nested is None or k not in nested.widths:
         known = "" if nested is None else f" (only {', '.join(map(str, nested.widths))})"
-        echo(f"width {k} was not trained to work alone{known}: score it before you use it")
+        echo(f"width {k} was not trained to work alone{known}: score it before you use it, by")
+        echo(f"  {shlex.join(['petl', 'eval', str(out), '--data', 'FILE'])}")
     echo(f"written with width {k} to {out}, {size((out / WEIGHTS).stat().st_size)}")

@@ -1,6 +1,7 @@
-"""`petl compress`, `petl prune`, `petl combine`: what is written, printed and refused."""
+"""`petl compress`, `petl prune`, `petl combine`, `petl narrow`: what is written, printed and refused."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -145,6 +146,17 @@ def test_prune_writes_and_says_by_what_it_divides(command, runs, tmp_path, q):
             assert ratio[0] == pytest.approx(0.5, rel=1e-4)
     assert "values of" in out
     assert "divided by" in out
+
+
+@pytest.mark.thorough
+def test_narrow_prints_the_command_that_scores_what_it_wrote(command, runs, tiny, tmp_path):
+    status, out, err = command("narrow", runs / "lora", "3", "--out", tmp_path / "a b")
+    assert status == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("  petl "))
+    words = [str(tiny.folder / "test.csv") if w == "FILE" else w for w in shlex.split(line)[1:]]
+    status, out, err = command(*words)
+    assert status == 0, err
+    assert "accuracy" in out
 
 
 def test_combine_tensors_and_updates(command, runs, tmp_path):

@@ -42,6 +42,11 @@ def components_of(config: PeftConfig) -> Mapping[str, Components]:
     return found
 
 
+def step_of(config: PeftConfig) -> int:
+    """Return what widths below the adapter's own must be a multiple of."""
+    return math.lcm(*(each.step for each in components_of(config).values()))
+
+
 def layer_width(
     config: Any, components: Mapping[str, Components], path: str, tensors: Mapping[str, Tensor]
 ) -> int:
@@ -77,7 +82,7 @@ def at_width_in_config(
         raise InputError(f"width={k!r} is not in 1..{W}, the widths of this adapter")
     if k == W:
         return found
-    step = math.lcm(*(each.step for each in components_of(config).values()))
+    step = step_of(config)
     if k % step:
         raise InputError(f"width={k} is not a multiple of {step}, the blocks of its bottleneck")
     facts = facts_of(config)
@@ -121,7 +126,8 @@ def place_of(name: str, components: Mapping[str, Components]) -> tuple[str, str]
     """Return path of the layer and name of the tensor of a name in a file; None: not cut."""
     parts = name.removeprefix(PREFIX).split(".")
     index = next((i for i, part in enumerate(parts) if part in components), None)
-    if index is None:
+    # a bias of LoRA's B is of the outputs
+    if index is None or parts[index + 1 :] == ["bias"]:
         return None
     path = [part for part in parts[:index] if not part.startswith("petl_")]
     return ".".join(path), parts[index]

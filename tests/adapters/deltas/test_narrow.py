@@ -27,6 +27,7 @@ CASES = {
     ),
     "rslora": ("rslora", {"r": 8}),
     "dora": ("dora", {"r": 8}),
+    "lora with a bias": ("lora", {"r": 8, "lora_bias": True}),
     "lora of an embedding": ("lora", {"r": 8, "target_modules": ["embed_tokens", "q_proj"]}),
     "mola": ("mola", {"r": 8, "num_experts": 3, "rank_pattern": {"q_proj": 2}}),
     "mola of rslora": ("mola", {"r": 8, "num_experts": 3, "use_rslora": True}),

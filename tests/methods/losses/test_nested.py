@@ -284,6 +284,9 @@ def test_wrap_takes_it_as_other_losses():
     assert model.nesting.widths == [2, 6]
     model, _ = wrapped(r=24)
     assert nest(model).widths == [2, 4, 8, 16, 24]
+    # each unit of a width is in all blocks
+    model, _ = wrapped("compacter", r=24, phm_dim=4)
+    assert nest(model).widths == [4, 8, 16, 24]
 
 
 def test_trainer_draws_by_its_steps(tmp_path):
@@ -327,8 +330,11 @@ def test_wrong_fields_are_refused(fields, reason):
 
 def test_other_refusals():
     model, batch = wrapped("compacter", r=6)
-    with pytest.raises(InputError, match="multiple of 2"):
+    with pytest.raises(InputError, match=r"has 3, .* multiple of 2"):
         nest(model, widths=[3, 6])
+    model, batch = wrapped("compacter", r=16, phm_dim=16)
+    with pytest.raises(InputError, match=r"multiple of 16.* loss\.widths"):
+        nest(model)
     with pytest.raises(UnsupportedError, match="importance"):
         petl.wrap(testing.tiny_llama(), "nested", method="increlora")
     model, batch = wrapped()

@@ -42,6 +42,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from petl.core.adapter_widths.cuts import step_of
 from petl.core.adapter_widths.record import Nested, remember
 from petl.core.adapter_widths.switch import Narrowed, active_name, widths_of
 from petl.core.layers.context import ForwardContext
@@ -119,7 +120,7 @@ class NestedWidths:
         self.model, self.base, self.config = model, base, config
         self.name = active_name(model)
         full = max(widths_of(model, self.name).values(), default=0)
-        self.widths = config.widths_of(full)
+        self.widths = config.widths_of(full, step_of(model.peft_config[self.name]))
         # before training: each of them is possible
         self.narrowed = {k: Narrowed(model, self.name, k, config.scale) for k in self.widths[:-1]}
         if comparing_logits(config):

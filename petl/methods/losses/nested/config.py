@@ -54,23 +54,31 @@ class NestedConfig(LossConfig):
             f"widths={widths} is no rising list of two or more widths from 1",
         )
 
-    def widths_of(self, full: int) -> list[int]:
-        """Return the widths of an adapter of width `full`.
+    def widths_of(self, full: int, step: int) -> list[int]:
+        """Return the widths of an adapter of width `full`, of which each is a multiple of `step`.
 
         Raises:
-            InputError: the last is another one, or there is none below it.
+            InputError: the last is another one, one is no multiple, or there is none below it.
         """
         widths = self.widths
         if widths is None:
-            powers = [2**i for i in range(1, full.bit_length()) if 2**i < full]
+            powers = [k for i in range(1, full.bit_length()) if (k := 2**i) < full and not k % step]
+            multiple = "" if step == 1 else f" that is a multiple of {step}, its blocks"
             require(
                 bool(powers),
-                f"an adapter of width {full} has no power of two from 2 below it; train a wider "
-                "one, or set widths",
+                f"an adapter of width {full} has no power of two from 2 below it{multiple}; train "
+                "a wider one, or set loss.widths",
             )
             return [*powers, full]
         require(
             widths[-1] == full,
-            f"widths={widths} ends in {widths[-1]}, and the adapter has width {full}; end in that",
+            f"loss.widths={widths} ends in {widths[-1]}, and the adapter has width {full}; end in "
+            "that",
+        )
+        other = next((k for k in widths[:-1] if k % step), None)
+        require(
+            other is None,
+            f"loss.widths={widths} has {other}, which is not a multiple of {step}, the blocks of "
+            "the bottleneck; take multiples",
         )
         return widths
