@@ -44,7 +44,7 @@ def main() -> int:
     )
     add = command_line.add_argument
     add("what", choices=("files", "grid", "replay"))
-    add("--folder", type=folder_to_write, default="runs/advice", help="of runs (%(default)s)")
+    add("--folder", type=folder_to_write, default="runs/advice-grid", help="of runs (%(default)s)")
     add("--sources", type=Path, default=Path("sources"), help="unpacked packages (%(default)s)")
     names = [task.name for task in TASKS]
     add("--tasks", nargs="+", choices=names, default=[], metavar="TASK", help=", ".join(names))

@@ -322,10 +322,10 @@ class AdviseOptions(ComposeOptions):
       petl advise data=files data.train=chat.jsonl data.task=causal_lm model=hub \\
           model.name=NAME --cost 3 --need merge,gguf --bytes 2MB
 
-    Short trainings on a part of the rows are scored on validation rows, the better ones again for
-    longer; with --cost 2 or more the best is trained at full length, and that adapter is yours.
-    The test rows are not touched; their score is predicted with an 80 % interval. Another method
-    than LoRA is advised only where it is better beyond doubt. Costs are processor seconds, in
+    Short trainings are scored on rows held out for validation, the better ones again for longer;
+    with --cost 2 or more the best is trained at full length, and that adapter is yours. The test
+    rows are not touched; their score is predicted with an 80 % interval. Another method than LoRA
+    is advised only where the 80 % interval of its gain is above 0. Costs are processor seconds, in
     plain runs (LoRA of rank 8, your epochs). SETTINGs are those of `petl train`, without a method.
     The same command resumes a stopped one.
     """

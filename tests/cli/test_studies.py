@@ -17,6 +17,12 @@ WRONG = [
     (["study", "FOLDER"], "no method is given"),
     (["study", "FOLDER", "--methods", "lroa"], "no method 'lroa'; did you mean 'lora'"),
     (["batch-sizes", "+method=lora", "--output", "FOLDER"], "is no file that can be written"),
+    (["advise", "method.target_modules=[query]"], "fields of its own YAML"),
+    (["advise", "+loss=nested"], "without a further loss"),
+    (["advise", "train={lr:0.1}"], "train.NAME=VALUE"),
+    (["advise", "train.lr=0.1"], "chooses train.lr"),
+    (["advise", "retain.limit=0.2"], "--lost"),
+    (["advise", "retain.curve=true"], "--lost"),
     (["buckets", "FOLDER"], "is no file that can be written"),
     (["configs", "method/lroa"], "no configuration 'method/lroa'; did you mean 'method/lora'"),
 ]

@@ -87,10 +87,12 @@ class Constraint:
     Attributes:
         words: the option, as it was given.
         why: returns why a method of a rank does not meet it; "": it does.
+        nearest: says, once all were asked, what comes nearest to meeting it; "": not known.
     """
 
     words: str
     why: Callable[[str, int], str]
+    nearest: Callable[[], str] = str
 
 
 def needs(names: Sequence[str], task_type: str | None) -> list[Constraint]:
@@ -124,15 +126,20 @@ def within(limit: int, base: Sequence[str], splits: Splits) -> Constraint:
     Args:
         base: settings of `petl train` that all runs have.
     """
+    names: dict[int, str] = {}  # by size
 
     def why(method: str, rank: int) -> str:
         try:
             size = file_bytes([*words_of(at(method, rank)), *base], splits)
         except (InputError, UnsupportedError) as error:  # not for this model
             return str(error)
+        names[size] = f"{method} of rank {rank}"
         return f"{size:,} bytes" if size > limit else ""
 
-    return Constraint(f"--bytes {limit:,}", why)
+    def smallest() -> str:
+        return f"the smallest file is that of {names[min(names)]}, {min(names):,} bytes"
+
+    return Constraint(f"--bytes {limit:,}", why, lambda: smallest() if names else "")
 
 
 def file_bytes(words: Sequence[str], splits: Splits) -> int:
@@ -174,9 +181,11 @@ def shortlist(constraints: Sequence[Constraint]) -> Shortlist:
     if not left:
         most = max(reasons, key=lambda words: len(reasons[words]))
         (method, rank), why = next(iter(reasons[most].items()))
+        nearest = "".join(f"; {text}" for each in constraints if (text := each.nearest()))
         raise InputError(
             f"no method meets {' and '.join(reasons)}: {most} excludes {len(reasons[most])} of "
             f"{len(pairs)} choices, such as {method} of rank {rank} ({why}); relax that one"
+            f"{nearest}"
         )
     every = order(RANKS, OTHERS)
     allowed = order(

@@ -54,9 +54,9 @@ def facts_of(advice: Record) -> dict[str, str]:
             "no interval": f"{rows} training rows are too few to hold some out for validation "
             f"({fewest} at least): this is the default, and nothing was tried"
         }
-        return found | (
-            {"not checked": ", ".join(advice["unchecked"])} if advice["unchecked"] else {}
-        )
+        if advice["unchecked"]:
+            found["not checked"] = ", ".join(advice["unchecked"])
+        return found
     metric, predicted, spent = advice["metric"], advice["predicted"], advice["seconds"]
     between = interval_text(metric, (predicted["low"], predicted["high"]))
     found = {
@@ -67,15 +67,7 @@ def facts_of(advice: Record) -> dict[str, str]:
     following = advice["next_best"]
     if following:
         found["next best"] = f"{named(following)}: {gained(metric, following['gain'])}"
-    for words, cost in advice["constraints"].items():
-        without, texts = cost["without"], [cost["note"]] if cost["note"] else []
-        if cost["excludes"] or not texts:
-            texts.append(f"excludes {cost['excludes']} choices")
-        if without:
-            texts.append(f"without it {named(without)}: {gained(metric, without['gain'])}")
-        elif cost["excludes"] and not cost["note"]:
-            texts[-1] += ", none of them tried"
-        found[words] = "; ".join(texts)
+    found |= constraints_of(advice)
     if advice["lost"] is not None:
         found["lost on other texts"] = f"{advice['lost']:.3f}"
     if advice["failed"]:
@@ -90,6 +82,23 @@ def facts_of(advice: Record) -> dict[str, str]:
         f"{duration(spent['spent'])} of processor time, {runs:.2f} of the plain run's "
         f"{duration(spent['plain_run'])} (--cost {advice['cost']:g})"
     )
+    return found
+
+
+def constraints_of(advice: Record) -> dict[str, str]:
+    """Return by the words of each constraint how it is met, what it excludes, and what it costs."""
+    found = {}
+    for words, cost in advice["constraints"].items():
+        without, texts = cost["without"], [cost["note"]] if cost["note"] else []
+        if cost["excludes"] or not texts:
+            texts.append(f"excludes {cost['excludes']} choices")
+        if without:
+            texts.append(
+                f"without it {named(without)}: {gained(advice['metric'], without['gain'])}"
+            )
+        elif cost["excludes"] and not cost["note"]:
+            texts[-1] += ", none of them tried"
+        found[words] = "; ".join(texts)
     return found
 
 

@@ -226,7 +226,7 @@ def test_runs_that_fail_are_left_out_and_named(faked, rows, tmp_path):
 @pytest.mark.thorough
 def test_trials_without_a_finite_score_are_an_error_in_words(faked, rows, tmp_path):
     faked.score = lambda *_: math.nan
-    with pytest.raises(RunStopped, match="no trial in .* finite"):
+    with pytest.raises(RunStopped, match=r"no trial in .* finite"):
         faked.advise(tmp_path, rows)
 
 

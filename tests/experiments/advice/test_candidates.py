@@ -3,7 +3,15 @@
 import pytest
 
 from petl.errors import InputError
-from petl.experiments.advice.candidates import Constraint, at, needs, neighbor, order, shortlist
+from petl.experiments.advice.candidates import (
+    Constraint,
+    at,
+    needs,
+    neighbor,
+    order,
+    shortlist,
+    within,
+)
 
 
 def meets(words, *pairs):
@@ -57,6 +65,14 @@ def test_constraints_that_nothing_meets_name_the_one_that_excludes_most():
     few, many = meets("--need a", *several), meets("--bytes 9", ("mos", 16))
     with pytest.raises(InputError, match="--need a and --bytes 9: --bytes 9 excludes 8 of 9"):
         shortlist([few, many])
+
+
+def test_of_files_that_are_all_too_large_the_smallest_is_named(monkeypatch):
+    sizes = {"method.r=2": 900, "method.r=4": 1800}
+    name = "petl.experiments.advice.candidates.file_bytes"
+    monkeypatch.setattr(name, lambda words, splits: sizes.get(words[1], 5000))
+    with pytest.raises(InputError, match=r"lora of rank 2, 900 bytes"):
+        shortlist([within(100, [], None)])
 
 
 def test_what_another_constraint_excludes_too_is_not_the_cost_of_one():
