@@ -1,4 +1,4 @@
-"""`petl compress`, `petl prune`, `petl combine`, `petl narrow`: what is written, printed and refused."""
+"""`petl compress`, `prune`, `combine` and `narrow`: what is written, printed and refused."""
 
 import json
 import shlex
