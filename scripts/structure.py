@@ -29,18 +29,18 @@ BUDGETS = {
     "system": 3815,
     "ops": 3660,
     "core": 14765,
-    "efficiency": 10170,
+    "efficiency": 10180,
     "data": 17200,
-    "training": 17200,
-    "methods": 19835,
+    "training": 17300,
+    "methods": 19840,
     "adapters": 9230,
-    "generation": 8000,
-    "experiments": 8660,
-    "cli": 4795,
+    "generation": 8075,
+    "experiments": 8800,
+    "cli": 4805,
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16260, "tests": 87900}
+OTHERS = {"scripts": 16260, "tests": 88250}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
