@@ -25,6 +25,7 @@ def refuse_unlikely_classes(
     origin: str,
     rows: Callable[[], Iterable[Row]] | None,
     used: Collection[str],
+    texts: Collection[str] | None = None,
 ) -> None:
     """Raise InputError if a column holds several classes in a cell, or too many to be learned.
 
@@ -36,6 +37,7 @@ def refuse_unlikely_classes(
         origin: of the rows, for the message.
         rows: starts an iterator over the rows with all columns, among which others are searched.
         used: names of the columns that the task reads.
+        texts: of a task with several classes in a row, the cells that are one class each.
     """
     own = "If each of the {} values is a class of its own, list them in data.labels"
     lists = {name: found for name in counts if (found := parse_list(name)) is not None}
@@ -57,13 +59,15 @@ def refuse_unlikely_classes(
             f"{origin} has {listed} in column {column!r}, which differ in case or space alone: "
             f"write them alike.\n{own.format(len(counts))}"
         )
-    several = separator_of(counts)
+    several = separator_of(counts) if texts is None else separator_of(texts, is_multi=True)
     if several is not None:
         separator, example, classes = several
+        task = "data.task=multi_label " if texts is None else ""
+        # the shell takes the outer quotes
         raise InputError(
             f"{origin} has several classes in a cell of column {column!r}, such as {example!r}: "
-            f"for {classes} classes, any number of them in a row, set data.task=multi_label "
-            f"data.separator={separator!r}.\n{own.format(len(counts))}"
+            f"for {classes} classes, any number of them in a row, set {task}"
+            f"data.separator='\"{separator}\"'.\n{own.format(len(counts))}"
         )
     if not has_too_many_classes(counts):
         return
@@ -78,25 +82,33 @@ def refuse_unlikely_classes(
     )
 
 
-def separator_of(counts: Counter[str]) -> tuple[str, str, int] | None:
+def separator_of(values: Collection[str], *, is_multi: bool = False) -> tuple[str, str, int] | None:
     """The separator in values of a column that are several classes each; None if they are none.
 
-    Each part of such values is a part of others, or a value by itself, so that there are fewer
-    parts than values.
+    Most parts of such values recur in others or are values by themselves, all parts of one at
+    least, and there are fewer parts than values.
 
     Args:
-        counts: how often each value occurs.
+        values: distinct ones.
+        is_multi: rows may have several classes, so that one part that recurs is enough.
 
     Returns:
         The separator, a value with it, and the number of parts.
     """
     for separator in SEPARATORS:
-        parts = {name: [part.strip() for part in name.split(separator)] for name in counts}
-        several = [name for name, own in parts.items() if len(own) > 1]
+        parts = {name: [part.strip() for part in name.split(separator)] for name in values}
+        joined = {name: own for name, own in parts.items() if len(own) > 1}
         found = Counter(part for own in parts.values() for part in {*own})
-        recur = all(part and found[part] > 1 for name in several for part in parts[name])
-        if len(several) > 1 and recur and len(found) < len(counts):
-            return separator, several[0], len(found)
+        inner = {part for own in joined.values() for part in own}
+        recurring = {part for part in inner if part and found[part] > 1}
+        full = next((name for name, own in joined.items() if recurring.issuperset(own)), None)
+        # a class may be "yes/no" beside "yes" and "no"
+        is_class = len(joined) < 2 and separator == "/"
+        most = 2 * len(recurring) > len(inner) and len(found) < len(values)
+        if full is not None and most and not is_class:
+            return separator, full, len(found)
+        if is_multi and recurring and separator != "/":
+            return separator, next(iter(joined)), len(found)
     return None
 
 

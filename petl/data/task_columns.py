@@ -277,6 +277,7 @@ class ClassLabelColumns(NamedColumns, ABC):
 
     shown: ClassVar[tuple[str, ...]] = ("text", "text_pair")  # as of tasks on texts
     column: str  # the column with the class, or with a list of classes
+    texts: set[str] | None = None  # with several classes in a row: cells read that are one class
 
     def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task with all classes, and remember their numbers for `class_of`.
@@ -314,7 +315,9 @@ class ClassLabelColumns(NamedColumns, ABC):
             InputError: hardly any class occurs twice, so that the column holds something else.
         """
         counts = Counter(self.names(rows))
-        refuse_unlikely_classes(counts, self.column, rows.origin, rows.whole, self.columns())
+        refuse_unlikely_classes(
+            counts, self.column, rows.origin, rows.whole, self.columns(), self.texts
+        )
         return counts
 
     @abstractmethod
@@ -372,7 +375,7 @@ class MultiLabelColumns(ClassLabelColumns):
 
     def __init__(self, settings: ColumnSettings, *, labeled: bool = True) -> None:
         super().__init__(settings, labeled=labeled)
-        self.column, self.each = settings.label, settings.label_columns
+        self.column, self.each, self.texts = settings.label, settings.label_columns, set()
         if self.each and settings.separator is not None:
             raise InputError(
                 f"data.separator={settings.separator!r} is for one column of classes, and "
@@ -436,10 +439,13 @@ class MultiLabelColumns(ClassLabelColumns):
         if not isinstance(value, str):
             return value if isinstance(value, list) else [value]
         # a csv file has no lists
-        if separator is None and (several := parse_list(value)) is not None:
+        if separator is not None:
+            return [part for part in value.split(separator) if part.strip()]
+        if (several := parse_list(value)) is not None:
             return several
-        parts = [value] if separator is None else value.split(separator)
-        return [part for part in parts if part.strip()]
+        if value.strip() and self.texts is not None:
+            self.texts.add(value.strip())
+        return [value] if value.strip() else []
 
 
 class RegressionColumns(NamedColumns):

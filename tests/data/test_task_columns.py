@@ -4,6 +4,7 @@ import csv
 import json
 from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -96,9 +97,23 @@ def test_words_and_tags_are_lists_or_strings_with_spaces(tmp_path):
     table = [["w", "t"], *([" ".join(row["w"]), " ".join(row["t"])] for row in rows)]
     same = read_csv(tmp_path, table, "token_classification", tokens="w", tags="t")
     assert same.train.to_list() == found.train.to_list()
+    # as JSON, Python and NumPy write lists in cells
+    for written in (json.dumps, str, lambda words: str(np.array(words))):
+        table = [["w", "t"], *([written(row["w"]), written(row["t"])] for row in rows)]
+        cells = read_csv(tmp_path, table, "token_classification", tokens="w", tags="t")
+        assert cells.train.to_list() == found.train.to_list()
     tags = ([1, 2], [2, 0])
     expected = [{"tokens": row["w"], "tags": t} for row, t in zip(rows, tags, strict=True)]
     assert sorted(found.train.to_list(), key=str) == sorted(expected, key=str)
+
+
+def test_a_cell_that_begins_like_a_list_is_refused_unless_it_is_words(tmp_path):
+    table = [["tokens", "tags"], ["[CLS] a , b [SEP]", "X O O O X"], ["[1] b", "O X"]]
+    found = read_csv(tmp_path, table, "token_classification")
+    assert ["[CLS]", "a", ",", "b", "[SEP]"] in found.train["tokens"]
+    for broken in ("['B-PER', 'O', 'O'", "[B-PER, O]", "['O' ... 'O']"):
+        with pytest.raises(InputError, match=r"line 4: tags is .*no complete list"):
+            read_csv(tmp_path, [*table, ["a b", broken]], "token_classification")
 
 
 @pytest.mark.parametrize(

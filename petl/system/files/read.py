@@ -26,6 +26,7 @@ from petl.system.values import type_problem
 MAX_BYTES = 16 * 2**20  # of a JSON file; those of large runs have less than 1 MB
 MAX_YAML_BYTES = 2**19  # the slowest of this size take 4 s (measured)
 MAX_LOG_BYTES = 256 * 2**20  # of a JSON Lines file, about a million lines of a log
+BETWEEN = re.compile(r"""(['"])\s+(?=['"])""")  # two texts of an array
 MAX_DIGITS = 70  # that 64 bits have in any notation, in binary with a sign and a prefix
 
 
@@ -144,14 +145,15 @@ def parse_json(text: str) -> Any:
 def parse_list(text: str) -> list[object] | None:
     """The values of a list that stands in a cell, as JSON or Python writes it; None: it is none.
 
-    `DataFrame.to_csv` of pandas writes lists as Python does.
+    `DataFrame.to_csv` of pandas writes lists as Python does, and arrays with spaces as NumPy does.
     """
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return None
-    for parse in (parse_json, literal_eval):
+    # Python would join the texts of an array, ['a' 'b']
+    for parse, written in ((parse_json, text), (literal_eval, BETWEEN.sub(r"\1, ", text))):
         try:
-            found = parse(text)
+            found = parse(written)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue  # of the other form, or a text in brackets
         if isinstance(found, list):

@@ -96,8 +96,37 @@ def test_several_classes_in_a_cell_are_asked_about(tmp_path, separator):
     assert len(raw.task.classes) == 5
 
 
+@pytest.mark.parametrize("cells", [["a;b", "b", "a", "c;a"], ["a;b", "a", "b"]])
+def test_cells_of_several_classes_are_asked_about_by_every_task(tmp_path, cells):
+    rows = [{"text": f"row {i}", "label": cells[i % len(cells)]} for i in range(12)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for task in ("classification", "multi_label"):
+        with pytest.raises(InputError, match=r"data\.separator='\";\"'") as refused:
+            read(tmp_path / "a.jsonl", task=task)
+        assert ("data.task=" in str(refused.value)) == (task == "classification")
+
+
+def test_a_text_of_two_classes_is_asked_about_where_rows_may_have_several(tmp_path):
+    def classes(*cells, task):
+        rows = [{"text": f"row {i}", "label": cells[i % len(cells)]} for i in range(12)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return read(tmp_path / "a.jsonl", task=task).task.classes
+
+    cells = ["toxic;threat", "toxic", "insult"]
+    assert len(classes(*cells, task="classification")) == 3, "threat is no class of its own"
+    with pytest.raises(InputError, match=r"data\.separator"):
+        classes(*cells, task="multi_label")
+    # in lists, each is a class
+    assert classes(*([cell] for cell in cells), task="multi_label") == sorted(cells)
+
+
 @pytest.mark.parametrize(
-    "names", [["yes", "yes, often", "no"], ["R&D, EU", "Sales, US", "HR"], ["1/2", "3/4", "5/6"]]
+    "names",
+    [
+        *(["yes", "yes, often", "no"], ["R&D, EU", "Sales, US", "HR"], ["1/2", "3/4", "5/6"]),
+        *(["sci/tech", "sci/fi", "sports"], ["rock and roll, pop", "jazz, pop", "pop"]),
+        *(["yes", "no", "yes/no"], ["Austin, TX", "Dallas, TX", "Reno, NV", "Elko, NV"]),
+    ],
 )
 def test_names_with_a_comma_stay_classes(tmp_path, names):
     rows = [{"text": f"row {i}", "label": names[i % len(names)]} for i in range(12)]
