@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TypeVar
@@ -50,6 +51,14 @@ def described(value: object) -> str:
         return "a mapping" if isinstance(value, dict) else "a list"
     text = json.dumps(value, default=str)
     return text if len(text) <= EXCERPT else f"{text[:EXCERPT]}..."
+
+
+def typed(setting: str, text: str) -> str:
+    """A setting with a text as a shell and Hydra take it: quotes are within quotes."""
+    if re.fullmatch(r"[\w./-]+", text, re.ASCII):
+        return f"{setting}={text}"
+    escaped = text.replace('"', '\\"')
+    return shlex.quote(f'{setting}="{escaped}"')
 
 
 class InputError(ValueError):

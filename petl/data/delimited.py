@@ -23,6 +23,7 @@ from petl.errors import InputError, shown
 
 SAMPLE = 2**18  # assumption: what is unusual about a file shows in its first bytes
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+SEPARATOR = re.compile(r"sep=([,;\t|])\r?\n")  # a first line that Excel reads, no header
 WESTERN = "cp1252"  # what Windows and older spreadsheets write in Western Europe and America
 logger = logging.getLogger(__name__)
 
@@ -177,8 +178,12 @@ def read_delimited(
         sample = file.read(SAMPLE)
         is_whole = not file.read(1)
         file.seek(0)
-        delimiter, columns = delimiter_of(path, sample, choose, delimiter, written.header)
         lines, header = Lines(file), written.header
+        named = SEPARATOR.match(sample)
+        if named:
+            delimiter, sample = named[1], sample[named.end() :]
+            next(lines)
+        delimiter, columns = delimiter_of(path, sample, choose, delimiter, written.header)
         reader = quotes_of(path, sample, delimiter, is_whole=is_whole).reader(lines, delimiter)
         while True:
             line = lines.begin()  # a quoted field may span several lines
@@ -236,7 +241,8 @@ def delimiter_of(
     refused = None
     for delimiter in order:
         try:
-            first = next((row for row in QUOTES[0].reader(StringIO(sample), delimiter) if row), [])
+            rows = QUOTES[0].reader(StringIO(sample, newline=""), delimiter)
+            first = next((row for row in rows if row), [])
             if header is not None and len(header) != len(first):
                 named = f"data.header has {len(header)} names, and line 1 of {path}"
                 raise InputError(f"{named} {len(first)} fields")

@@ -4,6 +4,7 @@
 """
 
 import logging
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -315,12 +316,23 @@ def read_json(path: Path, choose: Choose, written: Written = FOUND) -> Table:
 
 
 def read_jsonl(path: Path, choose: Choose, written: Written = FOUND) -> Table:
-    """Rows of a JSON Lines file, numbered by line; empty lines are skipped."""
+    """Rows of a JSON Lines file, numbered by line; empty lines are skipped.
+
+    Raises:
+        InputError: it begins with a list of objects.
+    """
 
     def parsed() -> Iterator[tuple[int, object]]:
+        is_first = True
         for line, content in enumerate(lines, start=1):
             if not content.strip():
                 continue
+            if is_first and re.match(r"\s*\[\s*(\{|$)", content):
+                raise InputError(
+                    f"{path} is one list, not an object per line: name it .json, as "
+                    f"{path.name.replace('.jsonl', '.json')}"
+                )
+            is_first = False
             try:
                 yield line, parse_json(content)
             except ValueError as error:

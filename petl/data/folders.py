@@ -187,7 +187,8 @@ def labeled_files(setting: str, name: str, suffixes: Sequence[str]) -> list[Labe
     """The files with one of `suffixes` and their classes, sorted by path.
 
     Raises:
-        InputError: not a directory, fewer than two classes, or a class without such files.
+        InputError: not a directory, fewer than two classes, a class without such files, or most
+            files are in none.
     """
     folder = folder_of(setting, name)
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -196,8 +197,10 @@ def labeled_files(setting: str, name: str, suffixes: Sequence[str]) -> list[Labe
         raise InputError(
             f"{setting}={name} has {found}: give a folder with one subfolder per class"
         )
+    beside = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    stray = [p for p in beside if p.suffix.lower() in suffixes]
     files: list[LabeledFile] = []
-    skipped = 0
+    skipped = len(beside) - len(stray)
     for place in inside:
         present = visible_files(place)
         matching = [p for p in present if p.suffix.lower() in suffixes]
@@ -210,6 +213,16 @@ def labeled_files(setting: str, name: str, suffixes: Sequence[str]) -> list[Labe
             (p, place.name) for p in sorted(matching, key=lambda p: p.relative_to(place).parts)
         ]
         skipped += len(present) - len(matching)
+    if len(stray) > len(files):
+        raise InputError(
+            f"{setting}={name} has {len(stray)} files beside its subfolders, such as "
+            f"{min(stray).name}, and {len(files)} in them: move each into that of its class"
+        )
+    if stray:
+        logger.warning(
+            "%s=%s: skipping %d files beside the subfolders, such as %s: they have no class",
+            *(setting, name, len(stray), min(stray).name),
+        )
     if skipped:
         logger.info("%s=%s: skipping %d files of other types", setting, name, skipped)
     return files

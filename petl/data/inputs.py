@@ -105,7 +105,14 @@ def read_inputs(
         own = {
             n: v for n, v in row.items() if n != FOLDER and n.partition(".")[0] not in {*row} - {n}
         }
-        return own, source.numbered(next(numbers), columns.convert(row))
+        try:
+            found = columns.convert(row)
+        except ValueError as error:
+            if labels:
+                raise
+            # each row gets a prediction: data.bad_rows is for training
+            raise ValueError(f"{error}; correct this row, or remove it") from error
+        return own, source.numbered(next(numbers), found)
 
     return lazy.map(converted, choose)
 

@@ -1,16 +1,18 @@
 """A column that holds a class for (nearly) each row, such as an id, is not a column of labels."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 from petl.data.validation import Row, label, number
-from petl.errors import InputError
+from petl.errors import InputError, typed
 from petl.system.files.read import parse_list
 
 MIN_LABELS = 20  # assumption: fewer are an example of a file, or a test
 FEW = 0.5  # classes per label: above, a class has fewer than two examples on average
 SEPARATORS = ("|", ";", ",", "/")  # between classes in a cell
+MISSING = ("nan", "NaN", "N/A", "null", "None")  # as programs write a missing value
+NOISE = 0.01  # rows with a contradiction that most data sets have; assumption
 SAMPLE = 1000  # rows in which other columns are searched; assumption: enough to tell them apart
 
 
@@ -63,11 +65,10 @@ def refuse_unlikely_classes(
     if several is not None:
         separator, example, classes = several
         task = "data.task=multi_label " if texts is None else ""
-        # the shell takes the outer quotes
         raise InputError(
             f"{origin} has several classes in a cell of column {column!r}, such as {example!r}: "
             f"for {classes} classes, any number of them in a row, set {task}"
-            f"data.separator='\"{separator}\"'.\n{own.format(len(counts))}"
+            f"{typed('data.separator', separator)}.\n{own.format(len(counts))}"
         )
     if not has_too_many_classes(counts):
         return
@@ -110,6 +111,53 @@ def separator_of(values: Collection[str], *, is_multi: bool = False) -> tuple[st
         if is_multi and recurring and separator != "/":
             return separator, next(iter(joined)), len(found)
     return None
+
+
+def doubts(
+    names: Sequence[str], train: Sequence[Row], test: Sequence[Row], *, are_listed: bool
+) -> Iterator[str]:
+    """Yield what is odd about the classes of converted rows, one sentence each.
+
+    Args:
+        names: of the classes.
+        are_listed: a setting or the source lists them, so that each is meant.
+    """
+    learned, asked = (Counter(chain.from_iterable(map(numbers_in, rows))) for rows in (train, test))
+    unseen = [names[i] for i in sorted(asked) if not learned[i]]
+    if unseen:
+        more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+        yield (
+            f"test rows have classes without a training row: {', '.join(map(repr, unseen[:5]))}"
+            f"{more}; the model cannot learn them"
+        )
+    for i, name in enumerate(names):
+        if name in MISSING and learned[i] and not are_listed:
+            yield (
+                f"{learned[i]} training rows have the class {name!r}, as a missing label is "
+                "written: remove them if they have none"
+            )
+    contradicted = contradictions([row for row in train if "label" in row])
+    if contradicted > NOISE * len(train):
+        yield (
+            f"{contradicted} of {len(train)} training rows have the text of another row and "
+            "another label: check the labels"
+        )
+
+
+def numbers_in(row: Row) -> Sequence[int]:
+    """The numbers of the classes of a converted row."""
+    found = row["tags"] if "tags" in row else row["label"]
+    return found if isinstance(found, list) else [found]
+
+
+def contradictions(rows: Sequence[Row]) -> int:
+    """The number of rows of which another one differs in the label alone."""
+    inputs = [tuple(value for name, value in row.items() if name != "label") for row in rows]
+    labels = [row["label"] for row in rows]
+    first = dict(zip(inputs, labels, strict=True))
+    pairs = zip(inputs, labels, strict=True)
+    differing = {asked for asked, label in pairs if first[asked] != label}
+    return sum(asked in differing for asked in inputs)
 
 
 def candidates(rows: list[Row], used: Collection[str]) -> dict[str, int]:

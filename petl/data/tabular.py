@@ -17,12 +17,14 @@ from petl.data.base import (
 )
 from petl.data.faulty_rows import SKIP, described
 from petl.data.image_columns import ImageTextColumns
+from petl.data.label_column import doubts
 from petl.data.overlap import Shows, beginnings, question_text
 from petl.data.preference_columns import PairColumns, PromptColumns, RatedColumns, RewardColumns
 from petl.data.question_columns import QuestionAnsweringColumns
 from petl.data.retrieval_columns import RerankingColumns, RetrievalColumns
 from petl.data.task_columns import (
     ClassificationColumns,
+    ClassLabelColumns,
     ColumnSettings,
     MultiLabelColumns,
     RegressionColumns,
@@ -124,11 +126,18 @@ class Tabular(ColumnSettings, ABC):
         self, train: SourceRows, test: SourceRows | None, task: Shows
     ) -> tuple[SourceRows, SourceRows]:
         """Checked rows to train on and to test on, the latter held out if there are none."""
-        if test is not None:
-            return train, test
-        train, test = self.hold_out(train, task)
-        train = train.select(self.sample("train", len(train)))
-        return train, test.select(self.sample("test", len(test)))
+        if test is None:
+            train, test = self.hold_out(train, task)
+            train = train.select(self.sample("train", len(train)))
+            test = test.select(self.sample("test", len(test)))
+        columns = self.task_columns
+        if isinstance(columns, ClassLabelColumns):
+            are_listed = bool(self.labels or train.classes)
+            for doubt in doubts(
+                [*columns.number], list(train.values), list(test.values), are_listed=are_listed
+            ):
+                logger.warning(doubt)
+        return train, test
 
     def checked(
         self, train: SourceRows, test: SourceRows | None
@@ -179,6 +188,8 @@ class Tabular(ColumnSettings, ABC):
         message = described(faulty, rows)
         if self.bad_rows == SKIP:
             return InputError(f"{message}; data.bad_rows=skip leaves no row")
+        if len(faulty) == len(rows) + len(rows.unread):
+            return InputError(message)
         end = "\n" if "\n" in message else "; "
         return InputError(f"{message}{end}data.bad_rows=skip leaves such rows out")
 

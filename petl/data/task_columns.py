@@ -40,7 +40,7 @@ from petl.data.validation import (
     text,
     truth,
 )
-from petl.errors import InputError, shown
+from petl.errors import InputError, shown, typed
 from petl.system.files.read import parse_list
 from petl.system.values import Rule, field, integer, one_of
 
@@ -197,7 +197,10 @@ class TaskColumns(ABC):
         for setting in self.own_settings:  # a column of a template has none
             value = getattr(self.settings, setting) or setting
             if missing in (value if isinstance(value, list) else [value]):
-                return f"{hint} Name the column with data.{setting}=NAME"
+                ways = [typed(f"data.{setting}", name) for name in names]
+                quoted = next((way for way in ways if way[0] == "'"), None)
+                example = f", such as {quoted}" if quoted else ""
+                return f"{hint} Name the column with data.{setting}=NAME{example}"
         return hint.removesuffix(".")
 
     def split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -390,7 +393,10 @@ class MultiLabelColumns(ClassLabelColumns):
 
     def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task; the columns of classes name them."""
-        return self.with_classes(self.each) if self.each else super().task(rows)
+        if not self.each:
+            return super().task(rows)
+        self.number = {name: i for i, name in enumerate(self.each)}
+        return self.with_classes(self.each)
 
     def naming(self, missing: str, names: Sequence[str]) -> str:
         """Also that each class may have a column."""

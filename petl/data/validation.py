@@ -302,7 +302,11 @@ def number(value: object) -> float:
             converted = math.nan
         if math.isfinite(converted):
             return converted
-    raise ValueError("is missing" if value in (None, "") else f"is {shown(value)}, not a number")
+    if value in (None, ""):
+        raise ValueError("is missing")
+    is_comma = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]*,[\d.,]*", value.strip())
+    hint = ": write a decimal point, and no other comma" if is_comma else ""
+    raise ValueError(f"is {shown(value)}, not a number{hint}")
 
 
 def items_in(cell: str) -> list[Any]:

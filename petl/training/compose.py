@@ -23,7 +23,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from petl.errors import InputError, did_you_mean, first_line
+from petl.errors import InputError, did_you_mean, first_line, typed
 from petl.system.imports.extras import install_hint
 from petl.system.imports.peft_hook import failure, import_modules, plugins
 from petl.system.imports.tables import METHODS
@@ -97,7 +97,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None, config: st
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return explain_word(error.override)
-        return f"{error.override!r} cannot be read; put values with special characters in quotes"
+        return explain_value(error.override)
     # Hydra has no error classes for these two
     several = r"(Multiple values for )?(?P<group>\w+)( appears more than once|\. To override)"
     twice = re.match(several, str(error))
@@ -120,6 +120,15 @@ def explain_word(word: str) -> str:
         if word in options_of(group):
             return f"{word!r} names a configuration: write {plus(group)}{group}={word}"
     return f"{word!r} has no value: write {word}=VALUE"
+
+
+def explain_value(word: str) -> str:
+    """Explain a word whose value cannot be parsed; of a text how it is typed."""
+    setting, _, value = word.partition("=")
+    # a list or mapping, or a text whose quotes are not closed
+    is_text = value[:1] not in ("", *"[{('\"") and "\\" not in value
+    reason = f"{word!r} cannot be read; put values with special characters in quotes"
+    return f"{reason}, within those of the shell: {typed(setting, value)}" if is_text else reason
 
 
 def explain_override(error: Exception, overrides: Sequence[str]) -> str:

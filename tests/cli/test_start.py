@@ -52,7 +52,7 @@ WRONG = {
     f"train +method=lora {FILES} data.test=rows.txt": ("rows.txt", ".csv"),
     f"train +method=lora {FILES} data.label=labl": ("'labl'", "'label'"),
     "train +method=lora data=files data.train=faulty.csv": ("line 3", "line 4", "bad_rows=skip"),
-    "plan +method=lora data=files data.train=cells.csv": ("data.separator='\"|\"'", "multi_label"),
+    "plan +method=lora data=files data.train=cells.csv": ("'data.separator=\"|\"'", "multi_label"),
     f"train +method=lora {FILES} data.test=faulty.csv": ("line 3", "line 4", "bad_rows=skip"),
     f"data {FILES} data.task=regression": ("'a', not a number", "40 of 40 rows"),
     "train +method=lora model=hub model.name=a/b": ("a/b", "model=path"),

@@ -184,6 +184,8 @@ NONSENSE = [
         r"line 3: byte 0x9d is not cp1252.*data\.encoding",
     ),
     ("a.csv", b"text,label\n" + b"good,x\n" * 50_000 + b"b\xe9d,y\n", "line 50002: byte 0xe9 is"),
+    ("a.jsonl", '[{"text": "a", "label": 1},\n{"text": "b", "label": 2}]', r"name it \.json"),
+    ("a.jsonl", '\n[\n{"text": "a", "label": 1}\n]', r"name it \.json"),
     ("a.csv", '"' + "a" * 1_000_000, "check its quotes"),
     ("a.parquet", b"PAR1" + bytes(200), "cannot be read as parquet"),
     ("a.xlsx", b"PK\3\4", "is not in a supported format"),
@@ -269,6 +271,20 @@ def test_fields_in_single_quotes_are_recognized_and_said(tmp_path, petl_log, hea
     assert "single quotes" in petl_log.text
     quotes = write(tmp_path, "b.csv", "text,label\n'tis so,pos\nso 'tis,neg\n")
     assert named(read(quotes, quotes), "train") == {"'tis so": "pos", "so 'tis": "neg"}
+
+
+def test_line_ends_of_old_macs_and_excels_line_of_the_separator_are_read(tmp_path):
+    expected = {"a, b": "pos", "c\nd": "neg"}
+    for content in (
+        'text,label\r"a, b",pos\r"c\nd",neg\r',
+        'sep=|\ntext|label\na, b|pos\n"c\nd"|neg\n',
+        'sep=,\r\ntext,label\r\n"a, b",pos\r\n"c\nd",neg',
+    ):
+        file = write(tmp_path, "a.csv", content)
+        assert named(read(file, file), "train") == expected, content
+    file = write(tmp_path, "a.csv", "sep=;\ntext;label\na;pos\nb\n")
+    with pytest.raises(InputError, match=r"a\.csv, line 4: 1 in place of the 2 fields"):
+        read(file, file)
 
 
 def test_a_table_without_names_of_columns_gets_them_from_a_setting(tmp_path):

@@ -9,6 +9,7 @@ from scipy.io import wavfile
 from sklearn.datasets import load_digits
 
 from petl.data.base import read_data
+from petl.errors import InputError
 
 pytest_plugins = ["media_fixtures", "training_fixtures"]
 
@@ -52,6 +53,18 @@ def test_files_may_be_nested_and_other_types_are_skipped(tmp_path, petl_log):
     data = read_data({**SOUNDS, "train": str(tmp_path), "test_share": 0.5})
     assert len(data.train) + len(data.test) == 2
     assert "skipping 2 files of other types" in petl_log.text
+
+
+def test_files_beside_the_classes_are_said_or_refused_if_most(tmp_path, petl_log):
+    for name in ("a/x", "a/y", "b/x", "b/y", "z1", "z2"):
+        write_tone(tmp_path / f"{name}.wav", 300)
+    data = read_data({**SOUNDS, "train": str(tmp_path), "test_share": 0.5})
+    assert len(data.train) + len(data.test) == 4
+    assert "skipping 2 files beside the subfolders, such as z1.wav" in petl_log.text
+    for name in ("z3", "z4", "z5"):
+        write_tone(tmp_path / f"{name}.wav", 300)
+    with pytest.raises(InputError, match="5 files beside its subfolders"):
+        read_data({**SOUNDS, "train": str(tmp_path)})
 
 
 def test_numeric_classes_are_sorted_by_value(tmp_path):

@@ -54,6 +54,11 @@ def test_rows_without_labels_are_read_for_every_task(tmp_path, task, row, settin
     assert read(tmp_path, row, task, **settings) == expected
 
 
+def test_an_empty_text_to_predict_is_to_be_removed(tmp_path):
+    with pytest.raises(InputError, match=r"line 1: text is empty; .*remove it"):
+        read(tmp_path, {"text": " "}, TWO)
+
+
 def test_rows_with_labels_have_those_of_the_task(tmp_path):
     row = {"text": "x", "label": "good"}
     assert read(tmp_path, row, TWO, labels=True) == {"text": "x", "label": 1}

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 from decimal import Decimal
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from petl.data.base import read_data
 from petl.errors import InputError
+from petl.training.compose import compose
 
 
 def read(folder, rows, task, **settings):
@@ -176,3 +179,56 @@ def test_texts_and_targets_are_read(tmp_path):
     raw = read(tmp_path, [{"en": "a", "de": "b"}], "seq2seq", text="en", target="de", prefix="x: ")
     assert raw.train.to_list() == [{"text": "a", "target": "b"}]
     assert raw.task.prefix == "x: "
+
+
+def test_a_class_that_is_held_out_as_a_whole_is_said(tmp_path, petl_log):
+    rows = [{"text": f"text {i}", "label": "rare" if i == 7 else "ab"[i % 2]} for i in range(20)]
+    read(tmp_path, rows, "classification", test=None, seed=1)
+    assert not petl_log.text
+    for seed in range(9):
+        raw = read(tmp_path, rows, "classification", test=None, test_share=0.4, seed=seed)
+        is_unseen = 2 not in raw.train["label"]
+        assert ("without a training row: 'rare'" in petl_log.text) == is_unseen
+        petl_log.clear()
+
+
+def test_labels_that_are_written_as_missing_are_counted_unless_they_are_listed(tmp_path, petl_log):
+    table = [["text", "label"], *([f"text {i}", ("a", "b", "N/A")[i % 3]] for i in range(12))]
+    read_csv(tmp_path, table, "classification", labels=["a", "b", "N/A"])
+    assert "missing" not in petl_log.text
+    read_csv(tmp_path, table, "classification")
+    assert "4 training rows have the class 'N/A'" in petl_log.text
+
+
+@pytest.mark.parametrize("task", ["classification", "multi_label"])
+def test_equal_texts_with_different_labels_are_counted(tmp_path, petl_log, task):
+    label = "ab" if task == "classification" else [["a"], ["a", "b"]]
+    rows = [{"text": f"text {i % 150}", "label": label[i % 150 % 2]} for i in range(300)]
+    read(tmp_path, rows, task)
+    assert "another label" not in petl_log.text, "equal rows"
+    rows[7]["label"] = label[0]
+    read(tmp_path, rows, task)
+    assert "another label" not in petl_log.text, "noise"
+    for i in (1, 3, 5):
+        rows[i]["label"] = label[0]
+    read(tmp_path, rows, task)
+    assert "8 of 300 training rows have the text of another row" in petl_log.text
+
+
+def test_faults_of_all_rows_name_no_setting_that_would_leave_none(tmp_path):
+    rows = [{"text": f"text {i}", "label": f"0,{i + 10}"} for i in range(4)]
+    with pytest.raises(InputError, match=r"'0,10', not a number: write a decimal point") as refused:
+        read(tmp_path, rows, "regression")
+    assert "data.bad_rows" not in str(refused.value)
+    with pytest.raises(InputError, match=r"data\.bad_rows=skip"):
+        read(tmp_path, [*rows, {"text": "a", "label": "1.5"}], "regression")
+
+
+def test_columns_whose_names_are_no_words_are_named_as_they_are_typed(tmp_path):
+    rows = [{"Review (EN)": f"text {i}", "label": "ab"[i % 2]} for i in range(4)]
+    with pytest.raises(InputError) as refused:
+        read(tmp_path, rows, "classification")
+    word = re.search(r"such as (.*)$", str(refused.value))[1]
+    assert shlex.split(word) == ['data.text="Review (EN)"']
+    cfg = compose(["data=files", "data.train=x.csv", *shlex.split(word)])
+    assert cfg.data.text == "Review (EN)"

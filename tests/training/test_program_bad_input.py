@@ -1,6 +1,7 @@
 """Bad input stops before training: one message, no traceback, exit status 2."""
 
 import runpy
+import shlex
 import subprocess
 import sys
 
@@ -170,3 +171,15 @@ def test_an_option_before_a_wrong_value_is_not_blamed():
     assert explain(refused.value.__cause__, [*options, word]) == explain(
         refused.value.__cause__, [word]
     )
+
+
+@pytest.mark.parametrize("text", ["Review Text (EN)", "Größe", "it's; so", 'a "b" = c'])
+def test_a_text_that_cannot_be_parsed_is_shown_as_it_is_typed(text):
+    files = ["data=files", "data.train=x.csv"]
+    with pytest.raises(InputError, match="cannot be read") as refused:
+        compose([*files, f"data.text={text}"])
+    (word,) = shlex.split(str(refused.value).partition("those of the shell: ")[2])
+    assert compose([*files, word]).data.text == text
+    with pytest.raises(InputError) as refused:
+        compose([*files, "data.labels=[a"])
+    assert "of the shell" not in str(refused.value)

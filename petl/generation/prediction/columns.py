@@ -44,6 +44,8 @@ def data_settings(
             hint = did_you_mean(key, [f"data.{name}" for name in known])
             if name in own:
                 hint = f": a run keeps its own; there are data.{', data.'.join(known)}"
+            elif name == "bad_rows" and name != key:
+                hint = ": it is for training; remove these rows from the file"
             raise InputError(f"{word} is not a setting of the columns of a file{hint}")
         # in quotes, as for Hydra, null and numbers are texts
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""

@@ -18,3 +18,9 @@ def test_only_settings_that_name_columns_are_taken():
     ):
         with pytest.raises(InputError, match="is not a setting of the columns of a file"):
             data_settings({}, other, [word])
+
+
+def test_a_setting_of_training_is_answered_by_what_to_do():
+    with pytest.raises(InputError, match="remove these rows") as refused:
+        data_settings({}, Classification(classes=["a"]), ["data.bad_rows=skip"])
+    assert "did you mean" not in str(refused.value)
