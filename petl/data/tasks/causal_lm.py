@@ -134,7 +134,8 @@ class CausalLM(DecoderTask[PreTrainedTokenizerBase], TextWritingTask):
         if self.chat:
             return self.conversations(tokenizer, rows)
         # verbose=False: no warning about texts longer than the model's context; they are cut below
-        encoded = tokenizer(rows["text"], verbose=False)["input_ids"]
+        ended = [up_to_end(text, tokenizer.eos_token) for text in rows["text"]]
+        encoded = tokenizer(ended, verbose=False)["input_ids"]
         texts = [end_text(ids, tokenizer.eos_token_id) for ids in encoded]
         if self.pack:
             return self.blocks(ids for ids, text in zip(texts, rows["text"], strict=True) if text)
@@ -201,6 +202,12 @@ class LabelledText(NamedTuple):
 def end_text(ids: list[int], eos: int | None) -> list[int]:
     """Append the end token unless the tokens end with it."""
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def up_to_end(text: str, end: str | None) -> str:
+    """A text without space after its end token, as chat templates write it."""
+    stripped = text.rstrip()
+    return stripped if end and stripped.endswith(end) else text
 
 
 def has_targets(labels: list[int]) -> bool:

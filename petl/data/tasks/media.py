@@ -40,6 +40,7 @@ from petl.system.values import field, real
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FAULTS = 8  # files that a message names
 MIN_SECONDS = 0.05  # of a clip: two windows of a spectrogram
 CLIP = real(MIN_SECONDS)
 Arrays = dict[str, np.ndarray]
@@ -130,8 +131,34 @@ class MediaTask(SingleLabelTask[P], ABC, Generic[P, M]):
         }
 
     def encode(self, processor: P, split: Dataset, /) -> Dataset:
-        """Encode rows as in `Task`; they are read as numpy arrays."""
-        return super().encode(processor, split).with_format("numpy")
+        """Encode rows as in `Task`; they are read as numpy arrays.
+
+        Raises:
+            InputError: files cannot be read; the message names several of them.
+        """
+        try:
+            return super().encode(processor, split).with_format("numpy")
+        except InputError as error:
+            faults = self.faults(processor, split) if "path" in split.column_names else []
+            if not faults:
+                raise
+            more = f"\n  and {len(faults) - FAULTS} more" if len(faults) > FAULTS else ""
+            listed = "".join(f"\n  {fault}" for fault in faults[:FAULTS])
+            raise InputError(
+                f"{len(faults)} of {len(split)} files cannot be used: repair or remove "
+                f"them{listed}{more}"
+            ) from error
+
+    def faults(self, processor: P, split: Dataset) -> list[str]:
+        """What is wrong with each file that cannot be decoded."""
+        rows, found = {"path": [*split["path"]]}, list[str]()
+        for index, path in enumerate(rows["path"]):
+            try:
+                self.decode(processor, rows, index)
+            except InputError as error:
+                # not of a package that is missing
+                found += [str(error)] if str(error).startswith(path) else []
+        return found
 
     def lengths(self, rows: Dataset) -> list[int]:
         """1 for every row: all have one shape."""

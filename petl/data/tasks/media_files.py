@@ -167,4 +167,6 @@ def resample(samples: Wave, from_rate: int, to_rate: int) -> Wave:
 
 def unreadable(path: str | Path, what: str, error: Exception) -> InputError:
     """The error for a file that cannot be read as `what`."""
-    return InputError(f"{path} cannot be read as {what}: {first_line(error)}")
+    # Pillow names the path as well
+    reason = first_line(error).replace(f" {str(path)!r}", "").rstrip(": ")
+    return InputError(f"{path} cannot be read as {what}: {reason}")

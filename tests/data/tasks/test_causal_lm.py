@@ -73,6 +73,14 @@ def test_the_end_token_has_a_label_although_it_is_also_padding(tokenizer):
     assert batch["attention_mask"][1].tolist() == [1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("space", ["", "\n", "  \n"])
+def test_a_text_that_has_its_end_token_gets_no_second_one(tokenizer, space):
+    rows = {"text": [f"ab<|im_end|>{space}", f"ab{space}"]}
+    ended, open_ = CausalLM().encode_rows(tokenizer, rows)["input_ids"]
+    assert tokenizer.decode(ended) == "ab<|im_end|>"
+    assert tokenizer.decode(open_) == f"ab{space}<|im_end|>"
+
+
 def test_packed_blocks_hold_every_token_once_in_order(tokenizer):
     task = CausalLM(max_length=10, pack=True)
     texts = ["To be, or not to be", "", "that is the question!"]
