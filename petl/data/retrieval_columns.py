@@ -14,9 +14,9 @@ from petl.data.judgements import (
     test_rows,
     without_queries,
 )
-from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns
+from petl.data.task_columns import AnySourceRows, ColumnSettings, TaskColumns, items
 from petl.data.tasks import later
-from petl.data.validation import Row, items, label, number, read, require, text
+from petl.data.validation import Row, label, number, read, require, text
 from petl.errors import InputError
 from petl.system.files.paths import file_of
 from petl.system.files.read import parse_list

@@ -132,10 +132,8 @@ class Tabular(ColumnSettings, ABC):
             test = test.select(self.sample("test", len(test)))
         columns = self.task_columns
         if isinstance(columns, ClassLabelColumns):
-            are_listed = bool(self.labels or train.classes)
-            for doubt in doubts(
-                [*columns.number], list(train.values), list(test.values), are_listed=are_listed
-            ):
+            parts, listed = [list(train.values), list(test.values)], self.labels or train.classes
+            for doubt in doubts([*columns.number], *parts, are_listed=bool(listed)):
                 logger.warning(doubt)
         return train, test
 

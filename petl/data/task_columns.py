@@ -1,12 +1,13 @@
 """The columns that each task reads, and the conversion of raw rows to the task's rows."""
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from petl.data.base import SHARE, TextSource
 from petl.data.conversations import MEANINGS
@@ -30,7 +31,6 @@ from petl.data.validation import (
     LazySourceRows,
     Row,
     SourceRows,
-    items,
     label,
     number,
     numbered,
@@ -53,6 +53,9 @@ ROLES = Rule(
 )
 SEPARATOR = Rule("a text that is not empty", bool)
 TASKS = Rule("a list of distinct names", lambda names: len(names) == len({*names} - {""}) > 0)
+# ["a", or [a, b]; words at spaces may begin with [ as well, such as [1] and [CLS]
+BROKEN_LIST = re.compile(r"^\s*\[\s*(['\"]|[^\s,]+,.*\]\s*$)", re.DOTALL)
+T = TypeVar("T")
 AnySourceRows = SourceRows | LazySourceRows
 
 
@@ -518,6 +521,39 @@ def texts_of(settings: ColumnSettings, row: Row) -> Row:
     pair = settings.text_pair
     second = {} if pair is None else {"text_pair": read_text(row, pair, text)}
     return {"text": read_text(row, settings.text, text), **second}
+
+
+def items_in(cell: str) -> list[Any]:
+    """The items in a cell of a csv file: of a list as it is written, else words at spaces.
+
+    Raises:
+        ValueError: the cell begins like a list, and is none.
+    """
+    found = parse_list(cell)
+    if found is None and BROKEN_LIST.search(cell):
+        raise ValueError(
+            f'is {shown(cell)}, which is no complete list: write ["a", "b"], or words with a space '
+            "between them"
+        )
+    return cell.split() if found is None else found
+
+
+def items(parse: Callable[[object], T]) -> Callable[[object], list[T]]:
+    """A parser of lists that applies `parse` to each item; a string is read by `items_in`."""
+
+    def read_items(value: object) -> list[T]:
+        values = items_in(value) if isinstance(value, str) else value
+        if not isinstance(values, list) or not values:
+            raise ValueError("is missing" if value is None else f"is {shown(value)}, not a list")
+        parsed = []
+        for i, item in enumerate(values, start=1):
+            try:
+                parsed.append(parse(item))
+            except ValueError as error:
+                raise ValueError(f"has item {i} that {error}") from error
+        return parsed
+
+    return read_items
 
 
 def word(value: object) -> str:

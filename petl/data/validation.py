@@ -11,7 +11,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from petl.errors import InputError, did_you_mean, shown
-from petl.system.files.read import parse_list
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,8 +24,6 @@ FOLDER = "(folder)"
 # the columns to read of those that are present; raises InputError, which names the origin, if one
 # is missing
 Choose = Callable[[Iterable[str], str], list[str]]
-# ["a", or [a, b]; words at spaces may begin with [ as well, such as [1] and [CLS]
-BROKEN_LIST = re.compile(r"^\s*\[\s*(['\"]|[^\s,]+,.*\]\s*$)", re.DOTALL)
 logger = logging.getLogger(__name__)
 
 
@@ -307,39 +304,6 @@ def number(value: object) -> float:
     is_comma = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]*,[\d.,]*", value.strip())
     hint = ": write a decimal point, and no other comma" if is_comma else ""
     raise ValueError(f"is {shown(value)}, not a number{hint}")
-
-
-def items_in(cell: str) -> list[Any]:
-    """The items in a cell of a csv file: of a list as it is written, else words at spaces.
-
-    Raises:
-        ValueError: the cell begins like a list, and is none.
-    """
-    found = parse_list(cell)
-    if found is None and BROKEN_LIST.search(cell):
-        raise ValueError(
-            f'is {shown(cell)}, which is no complete list: write ["a", "b"], or words with a space '
-            "between them"
-        )
-    return cell.split() if found is None else found
-
-
-def items(parse: Callable[[object], T]) -> Callable[[object], list[T]]:
-    """A parser of lists that applies `parse` to each item; a string is read by `items_in`."""
-
-    def read_items(value: object) -> list[T]:
-        values = items_in(value) if isinstance(value, str) else value
-        if not isinstance(values, list) or not values:
-            raise ValueError("is missing" if value is None else f"is {shown(value)}, not a list")
-        parsed = []
-        for i, item in enumerate(values, start=1):
-            try:
-                parsed.append(parse(item))
-            except ValueError as error:
-                raise ValueError(f"has item {i} that {error}") from error
-        return parsed
-
-    return read_items
 
 
 def numbered(classes: list[str]) -> Callable[[object], str]:

@@ -97,7 +97,7 @@ def explain(error: Exception, overrides: Sequence[str] | None = None, config: st
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return explain_word(error.override)
-        return explain_value(error.override)
+        return misread(error.override)
     # Hydra has no error classes for these two
     several = r"(Multiple values for )?(?P<group>\w+)( appears more than once|\. To override)"
     twice = re.match(several, str(error))
@@ -122,13 +122,13 @@ def explain_word(word: str) -> str:
     return f"{word!r} has no value: write {word}=VALUE"
 
 
-def explain_value(word: str) -> str:
+def misread(word: str) -> str:
     """Explain a word whose value cannot be parsed; of a text how it is typed."""
     setting, _, value = word.partition("=")
-    # a list or mapping, or a text whose quotes are not closed
+    # a list, or a text whose quotes are not closed
     is_text = value[:1] not in ("", *"[{('\"") and "\\" not in value
-    reason = f"{word!r} cannot be read; put values with special characters in quotes"
-    return f"{reason}, within those of the shell: {typed(setting, value)}" if is_text else reason
+    way = f", within those of the shell: {typed(setting, value)}" if is_text else ""
+    return f"{word!r} cannot be read; put values with special characters in quotes{way}"
 
 
 def explain_override(error: Exception, overrides: Sequence[str]) -> str:
