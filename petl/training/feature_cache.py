@@ -58,7 +58,9 @@ class FeatureCache:
 
     def find(self, batch: Mapping[str, object]) -> Tensor | None:
         """Return the inputs of the head for a batch of the model's arguments; None: not there."""
-        return self._found.get(_digest(batch))
+        found = self._found.get(_digest(batch))
+        # where it lies in a file decides on the kernel of a product, and so on its last bit
+        return None if found is None else found.clone()
 
     def add(self, batch: Mapping[str, object], vectors: Tensor) -> None:
         """Keep the inputs of the head for a batch."""
