@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 14765,
     "efficiency": 10180,
     "data": 17380,
-    "training": 17310,
+    "training": 17320,
     "methods": 19840,
     "adapters": 9230,
     "generation": 8075,

@@ -104,15 +104,17 @@ class ScoreBefore(RunFeature):
             store.write()
         context.add({self.key: scores}, "evaluation")
 
+    @torch.no_grad()
     def _store(self, context: Context) -> "FeatureCache | None":
         """Return what runs on the same base and rows have in common; None: this one has not."""
         splits, model, accelerator = context.splits, context.model, context.accelerator
         # a new head is another one with each seed; answers are generated
         if splits.task.new_head or splits.task.generate or accelerator.num_processes > 1:
             return None
-        # an adapter that was trained before may change few rows
-        trained = context.settings.init_from is not None
-        if trained or not (context.settings.test and keeps_base(model.active_peft_config)):
+        # an adapter that was trained or computed before may change few rows
+        config = model.active_peft_config
+        begun = context.settings.init_from is not None or is_computed(config)
+        if begun or not (context.settings.test and keeps_base(config)):
             return None
         from petl.data.tasks.encoding_cache import content_hash  # where they are of use
         from petl.training.evaluate import ScoredPart
