@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from petl.data.base import SHARE, TextSource
 from petl.data.conversations import MEANINGS
@@ -523,7 +523,7 @@ def texts_of(settings: ColumnSettings, row: Row) -> Row:
     return {"text": read_text(row, settings.text, text), **second}
 
 
-def items_in(cell: str) -> list[Any]:
+def items_in(cell: str) -> Sequence[object]:
     """The items in a cell of a csv file: of a list as it is written, else words at spaces.
 
     Raises:
@@ -542,7 +542,7 @@ def items(parse: Callable[[object], T]) -> Callable[[object], list[T]]:
     """A parser of lists that applies `parse` to each item; a string is read by `items_in`."""
 
     def read_items(value: object) -> list[T]:
-        values = items_in(value) if isinstance(value, str) else value
+        values = [*items_in(value)] if isinstance(value, str) else value
         if not isinstance(values, list) or not values:
             raise ValueError("is missing" if value is None else f"is {shown(value)}, not a list")
         parsed = []
