@@ -211,15 +211,17 @@ def test_the_order_of_rows_does_not_matter_and_the_first_of_equal_keys_is_picked
 
 
 @pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
-def test_a_piece_on_equal_keys_has_the_first_of_them_but_for_rounding(length):
+@pytest.mark.parametrize("units", [1, 8])  # 6 between the keys of a small ViT
+def test_a_piece_near_equal_keys_has_the_first_of_them_but_for_rounding(length, units):
     """The same row has other rounding in a batch than alone: it must have the same key."""
     torch.manual_seed(7)
     keys = length * torch.randn(4, 32, 8)
     eps = torch.finfo(torch.float32).eps
     for later in (9, 20):  # restarted at the same piece as key 3, in other batches
-        keys[:, later] = keys[:, 3] * (1 + eps * torch.randint(-1, 2, (4, 8)))
-    pieces = keys[:, 3].expand(64, 4, 8) * (1 + eps * torch.randint(-1, 2, (64, 4, 8)))
+        keys[:, later] = keys[:, 3] * (1 + eps * torch.randint(-units, units + 1, (4, 8)))
+    pieces = keys[:, 3].expand(64, 4, 8) * (1 + eps * torch.randint(-units, units + 1, (64, 4, 8)))
     assert nearest(pieces, keys).eq(3).all()
+    assert nearest(pieces + length * 0.1 * torch.randn(64, 4, 8), keys).eq(3).all()
 
 
 @pytest.mark.parametrize("change", ["one long key", "long rows", "far from 0"])

@@ -14,7 +14,9 @@ from petl.core.masks import as_2d
 from petl.errors import InputError
 from petl.system.collectives import gathered
 
-TIE = 4 * torch.finfo(torch.float32).eps  # relative difference of equal distances, and keys
+TIE = 4 * torch.finfo(torch.float32).eps  # relative difference of equal distances
+# of equal keys: those that averages over the same rows make differ by up to 6 eps
+SAME = 64 * torch.finfo(torch.float32).eps
 EPS = 1e-5  # e of the smoothed counts
 ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
 
@@ -23,9 +25,9 @@ ROWS = 1024  # rows whose distances, C K each, exist at a time; assumption
 def nearest(pieces: Tensor, keys: Tensor) -> Tensor:
     """Return the index of the nearest key in each codebook, the first of equal ones, [n, C].
 
-    Distances are equal if they differ by a few units of rounding, and so are keys: those that
-    calibration has made equal differ by as much, and a piece that lies on them by as much between
-    batches and processes.
+    Distances are equal if they differ by a few units of rounding, and keys by some more: those that
+    calibration has made equal differ by that much, and which of them is nearer to a piece changes
+    with the batch in which it was computed.
 
     Args:
         pieces: [n, C, d], float32.
@@ -41,10 +43,11 @@ def nearest(pieces: Tensor, keys: Tensor) -> Tensor:
         least = distances.amin(-1, keepdim=True) * (1 + TIE)
         # [C, n]; each pair alone, so the same in any batch
         found = (distances <= least).byte().argmax(-1)
-        near = distances <= least + TIE * part.norm(dim=-1).t().unsqueeze(-1)
-        first = near.byte().argmax(-1)
-        own, other = (keys.take_along_dim(i.unsqueeze(-1), 1) for i in (found, first))  # [C, n, d]
-        equal = (own - other).norm(dim=-1) <= 2 * TIE * own.norm(dim=-1)
+        own = keys.take_along_dim(found.unsqueeze(-1), 1)  # [C, n, d]
+        allowed = SAME * own.norm(dim=-1)
+        # equal keys are as near, up to what they may differ by
+        first = (distances <= least + allowed.unsqueeze(-1)).byte().argmax(-1)
+        equal = (own - keys.take_along_dim(first.unsqueeze(-1), 1)).norm(dim=-1) <= allowed
         found = torch.where(equal, first, found)
         parts.append(found)
     return torch.cat(parts, 1).t() if parts else pieces.new_zeros(pieces.shape[:2]).long()
