@@ -31,7 +31,7 @@ BUDGETS = {
     "core": 14765,
     "efficiency": 10180,
     "data": 17380,
-    "training": 17320,
+    "training": 17460,
     "methods": 19840,
     "adapters": 9230,
     "generation": 8075,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3150,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16260, "tests": 88450}
+OTHERS = {"scripts": 16260, "tests": 88600}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# tests compare numbers, which are to be the same on any processor: train.precision=auto is float32
+os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
 
 import pytest
 import warm_python

@@ -37,6 +37,7 @@ PLAIN = (
     f"train.eval_steps={AT_THE_END}",
     "train.linear_probe=false",
     "train.score_before=false",
+    "train.precision=no",  # as when claims were tried first; settings may have another one
 )
 logger = logging.getLogger("petl.claims")  # below petl, whose messages the command prints
 

@@ -60,6 +60,7 @@ def run(folder: Path, *, jobs: int = 1, quick: bool = False) -> None:
 def trained(folder: Path, seed: int, *, quick: bool) -> Path:
     """Train the dense run, if it is not finished; return its folder."""
     words = ["+method=lora", f"train.run={folder}", f"train.seed={seed}", "train.resume=auto"]
+    words.append("train.precision=no")
     if not is_finished(folder):
         train(compose([*words, "train.linear_probe=false", *(QUICK if quick else ())]))
     return folder

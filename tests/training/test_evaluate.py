@@ -31,7 +31,7 @@ def scores(folder, kept) -> dict[str, dict[str, float]]:
     for task in TASKS:
         cfg = compose(Families(folder)(task, "+method=lora", "data.test_rows=11"))
         settings = read_config(cfg).train
-        accelerator = start(settings.seed, settings.computes_in("float32"))
+        accelerator = start(settings.seed, "no")
         data = read_data(cfg.data)
         splits = encode_splits(data, load_processor(cfg.model, data.task), settings, accelerator)
         base = load_base(cfg.model, data.task)

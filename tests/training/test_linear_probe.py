@@ -47,7 +47,7 @@ def parts_of(tiny, *words):
     cfg = compose([*tiny.classify, "+method=lora", "train.epochs=2", "train.steps=null", *words])
     cfg.train.linear_probe = True
     settings = read_config(cfg).train
-    accelerator = start(settings.seed, settings.computes_in("float32"))
+    accelerator = start(settings.seed, "no")
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
     model = petl.wrap(

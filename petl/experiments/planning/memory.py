@@ -93,9 +93,10 @@ def memory_of(
     model: PeftModel,
     splits: Splits,
     settings: TrainConfig,
-    dtype: str,
     device: torch.device,
     storage: Storage,
+    *,
+    bf16: bool,
 ) -> Memory:
     """Return the memory of a step on one process.
 
@@ -105,7 +106,6 @@ def memory_of(
     batch = heaviest_batch(splits, settings, storage.processes)
     trained = [parameter for _, parameter in trainable(model)]
     weights, unfolded = weight_bytes(model, storage)
-    bf16 = settings.computes_in(dtype) == "bf16"
     # evaluation also sorts by length, so its first batch is the largest
     rows = longest_first(splits.task.lengths(splits.test))[: settings.eval_batch_size]
     tested = splits.collate(list(splits.test.select(rows))) if settings.test and rows else None

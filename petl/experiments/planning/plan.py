@@ -157,10 +157,9 @@ def plan_run(cfg: DictConfig) -> RunPlan:
     positions = (length.amount / (1 - length.padding), scored_positions(splits, settings))
     # from here on tensors have shapes on the run's device instead of the meta device
     with without_values(model, accelerator.device):
-        with for_training(model, settings):
-            device, dtype = accelerator.device, run.model.dtype
-            memory = memory_of(model, splits, settings, dtype, device, storage)
         bf16 = run.precision == "bf16"
+        with for_training(model, settings):
+            memory = memory_of(model, splits, settings, accelerator.device, storage, bf16=bf16)
         frozen = frozen_plan(model, splits, settings, memory.pass_, accelerator.device, bf16=bf16)
         capabilities = supports(model)
         counted = RunCost(
@@ -191,7 +190,7 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         file_bytes=safetensors_bytes(saved),
         length=length,
         time=seconds,
-        precision=described(run.precision) if settings.precision != "no" else "",
+        precision=described(run.precision, run.model) if settings.precision != "no" else "",
         frozen=frozen,
         coverage=coverage,
         cheaper=savings(counted, [*upper_blocks(counted, fields), *of_passes]),

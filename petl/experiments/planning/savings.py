@@ -23,7 +23,7 @@ from petl.experiments.planning.memory import Memory, heaviest_batch, megabytes
 from petl.training.dataloader import Splits, buckets_of, row_lengths
 from petl.training.distributed.precision import bf16_units
 from petl.training.runs.config import RunConfig
-from petl.training.runs.settings import TrainConfig
+from petl.training.runs.settings import AUTO, TrainConfig
 
 # assumptions: what makes a setting worth a line
 MUCH_PADDING = 0.2  # of the positions
@@ -129,7 +129,8 @@ def _buckets(counted: RunCost) -> Iterator[Saving]:
 
 def _precision(counted: RunCost) -> Iterator[Saving]:
     seconds, has_units = counted.seconds, bool(bf16_units(counted.device))
-    if counted.run.precision != "no" or (seconds is None and not has_units):
+    is_chosen = counted.settings.precision == AUTO or counted.run.precision != "no"
+    if is_chosen or (seconds is None and not has_units):
         return
     # auto is bf16 where the device is known to have such products
     setting = f"train.precision={'auto' if has_units else 'bf16'}"

@@ -10,6 +10,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 import torch
@@ -203,9 +204,8 @@ def make_accelerator(launch: Launch, precision: str) -> Accelerator:
     `cpu=True`: Accelerate would otherwise start without a process group.
     """
     if precision == "bf16":
-        from petl.training.distributed.precision import check_bf16  # not of float32
-
-        check_bf16()
+        # not imported by runs in float32
+        resolve_name("petl.training.distributed.precision:check_bf16")()
     # a process may run many jobs of a sweep: the settings change, the process group stays
     AcceleratorState._reset_state()
     GradientState._reset_state()

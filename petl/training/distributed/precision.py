@@ -1,9 +1,19 @@
 """The precision of matrix products: what a device has, and what `train.precision=auto` chooses."""
 
+import os
+from pkgutil import resolve_name
+
 import torch
 from accelerate.utils import is_bf16_available, parse_flag_from_env
 
+from petl.data.models.sources import ModelSource
 from petl.errors import InputError
+
+ASKED = "ACCELERATE_MIXED_PRECISION"  # environment variable of `accelerate launch`
+CHOICES = ("no", "bf16")
+NARROW = 128  # below it casts take longer than products save: 1.04 to 1.7 of float32's time
+NO_TRIAL = f"which pays for states of {NARROW} numbers or more"
+PAYS = 0.9  # of float32's time; what saves less is not worth other rounding
 
 
 def device_of_run() -> torch.device:
@@ -34,19 +44,49 @@ def bf16_units(device: torch.device) -> str:
     return "bfloat16 units" if is_supported(**options) else ""
 
 
-def automatic() -> str:
-    """Return the autocast precision of `train.precision=auto` on this machine, "no" or "bf16"."""
-    return "bf16" if bf16_units(device_of_run()) else "no"
+def automatic(source: ModelSource) -> str:
+    """Return the autocast precision of `train.precision=auto`, "no" or "bf16".
+
+    It is what `accelerate launch` was told; else bf16 if this machine has units for such products
+    and blocks of the model's width take less time with them, as a trial of a second finds.
+
+    Raises:
+        InputError: Accelerate was told another one; the model is not available.
+    """
+    asked = os.environ.get(ASKED)
+    if asked is not None and asked not in CHOICES:
+        raise InputError(
+            f"{ASKED}={asked}, as accelerate launch --mixed_precision sets it: allowed are "
+            f"{' and '.join(CHOICES)}; or set train.precision of the run"
+        )
+    return asked or ("bf16" if _share(source) <= PAYS else "no")
 
 
-def described(precision: str) -> str:
-    """Describe an autocast precision that `auto` stands for, with what this machine has for it."""
+def _share(source: ModelSource) -> float:
+    """Return the time of bfloat16 for a model, float32's as unit; 1 if it is known to save none."""
+    device = device_of_run()
+    if not bf16_units(device):
+        return 1.0
+    with resolve_name("petl.data.models.loading:loading")(source):
+        width = getattr(source.config().get_text_config(), "hidden_size", None)
+    if not isinstance(width, int) or width < NARROW:
+        return 1.0
+    return resolve_name("petl.training.distributed.trial:share_of_float32")(width, device)
+
+
+def described(precision: str, source: ModelSource) -> str:
+    """Describe an autocast precision that `auto` stands for, with the reason for it."""
     device = device_of_run()
     units = bf16_units(device)
-    has = f"{device.type} has {units or 'no products in bfloat16'}"
-    if precision == "no":
-        return f"float32 ({has})"
-    return f"bf16 ({has}{'' if units else ', and emulates them, which is slow'})"
+    why = [f"{device.type} has {units or 'no products in bfloat16'}"]
+    if ASKED in os.environ:
+        why = [f"{ASKED} is set to {os.environ[ASKED]}"]
+    elif units:
+        share = _share(source)
+        why.append(f"a step takes {share:.2f} of float32's time" if share != 1 else NO_TRIAL)
+    elif precision == "bf16":
+        why.append("and emulates them, which is slow")
+    return f"{'float32' if precision == 'no' else precision} ({', '.join(why)})"
 
 
 def check_bf16() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -12,7 +13,7 @@ from petl.core.types import Fields, Groups, Settings
 from petl.errors import InputError
 from petl.system.settings.command_line import preset_of
 from petl.system.settings.schema import plain
-from petl.training.runs.settings import TrainConfig
+from petl.training.runs.settings import AUTO, TrainConfig
 
 if TYPE_CHECKING:  # `petl show` reads the fields of a method, and no data
     from petl.data.base import Source
@@ -49,8 +50,17 @@ class RunConfig:
 
     @property
     def precision(self) -> str:
-        """The autocast precision, "no" or "bf16"."""
-        return self.train.computes_in(self.model.dtype)
+        """The autocast precision, "no" or "bf16".
+
+        A bfloat16 model trains with a float32 adapter and head, which needs autocast. Auto is what
+        suits this model on this machine.
+        """
+        if self.model.dtype == "bfloat16":
+            return "bf16"
+        if self.train.precision == AUTO:
+            # with torch, which is not imported to check settings
+            return resolve_name("petl.training.distributed.precision:automatic")(self.model)
+        return self.train.precision
 
     def with_train(self, **values: object) -> "RunConfig":
         """Return these settings with others under `train`."""

@@ -21,7 +21,7 @@ from petl.training.runs.records import (
     read_results,
     read_stored,
 )
-from petl.training.runs.settings import TrainConfig
+from petl.training.runs.settings import AUTO, TrainConfig
 
 # settings by which a run may differ from its earlier part: they do not change its course, or up to
 # rounding and to dropout's draws only
@@ -56,7 +56,7 @@ FREE_GROUPS = ("tracker.", "launch.")  # another tracker, another number of proc
 CHANGES_TRAINING = (("retain.mix", 0), ("retain.limit", None))
 # settings in which a run that is trained further may differ from its earlier part
 LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
-PRECISION, AUTO = "train.precision", "auto"
+PRECISION = "train.precision"
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
 CHECKPOINTS = "checkpoints"  # in the folder of a run
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps

@@ -59,7 +59,6 @@ from petl.training.runs.records import (
     read_scores,
 )
 from petl.training.runs.resume import (
-    AUTO,
     CHECKPOINTS,
     PRECISION,
     choose_checkpoint,
@@ -68,7 +67,7 @@ from petl.training.runs.resume import (
     may_start_in,
     objective_of,
 )
-from petl.training.runs.settings import TrainConfig
+from petl.training.runs.settings import AUTO, TrainConfig
 from petl.training.tracking import Tracker
 
 START = "start"
@@ -185,7 +184,9 @@ class Run:
             # a resumed run keeps what auto was when it began
             kept = {} if found is None else read_state(found)["identity"]
             begun = {"precision": kept.get(PRECISION, self.config.precision)}
-            logger.info("train.precision=auto: %s", described(begun["precision"]))
+            logger.info(
+                "train.precision=auto: %s", described(begun["precision"], self.config.model)
+            )
         return found, found is not None and is_finished(found.parent.parent), begun
 
     @property

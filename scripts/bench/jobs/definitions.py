@@ -88,10 +88,10 @@ class Job:
         return found
 
     def _of_petl(self) -> list[Variant]:
-        precision = ("train.precision=auto",)
+        precision, full = ("train.precision=auto",), ("train.precision=no",)
         rank = RANK * self.blocks // self.upper
         fast = (
-            *(precision if self.bf16 else ()),
+            *(precision if self.bf16 else full),
             f"method.layers_to_transform=top:{self.upper}",
             f"method.r={rank}",
             f"method.lora_alpha={2 * rank}",  # the scale of all blocks
@@ -100,13 +100,13 @@ class Job:
         arm, upper = "petl", "petl, upper blocks"
         found = []
         if self.by_length:
-            found.append(Variant("petl, no buckets", arm, ("train.buckets=null",)))
+            found.append(Variant("petl, no buckets", arm, ("train.buckets=null", *full)))
         return [
             *found,
-            Variant("petl", arm, tunes=True),
-            *([Variant("petl, again", arm, store="reads")] if self.has_head else []),
+            Variant("petl", arm, full, tunes=True),
+            *([Variant("petl, again", arm, full, store="reads")] if self.has_head else []),
             Variant("petl, bf16", arm, precision),
-            Variant("petl, scored after alone", arm, AFTER),
+            Variant("petl, scored after alone", arm, (*AFTER, *full)),
             Variant("petl, fast, fills the store", upper, fast, store="fills"),
             Variant("petl, fast, reads the store", upper, fast, store="reads", tunes=True),
         ]

@@ -63,7 +63,7 @@ class Texts:
 def counted(lengths=(10,) * 40, **changes) -> RunCost:
     train = {"batch_size": 2, "epochs": 1, "buckets": None}
     settings = TrainConfig(**{**train, **changes.pop("train", {})})
-    run = SimpleNamespace(train=settings, precision=settings.computes_in("float32"))
+    run = SimpleNamespace(train=settings, precision=settings.precision)
     given = {"positions": 400.0, "scored": 6.0, "passes": 1.0, "device": CPU, "processes": 1}
     splits = Texts(np.array(lengths))
     return RunCost(run, splits, **{"memory": MEMORY, "frozen": None, **given, **changes})

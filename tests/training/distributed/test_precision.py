@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from petl.errors import InputError
+from petl.training.compose import compose
 from petl.training.distributed import precision
+from petl.training.distributed import trial as bf16_trial
 from petl.training.distributed.launch import start
-from petl.training.distributed.precision import automatic, bf16_units, described, device_of_run
-from petl.training.runs.settings import TrainConfig
+from petl.training.distributed.precision import bf16_units, described, device_of_run
+from petl.training.runs.config import RunConfig
+from petl.training.runs.run_config import read_config
 
 CPU = torch.device("cpu")
 
@@ -48,24 +51,98 @@ def test_of_another_device_torch_is_asked(monkeypatch, module, found):
     assert bool(bf16_units(torch.device("mps"))) is found
 
 
-def test_auto_is_the_precision_of_this_machine_and_a_choice_is_kept(monkeypatch):
-    for there, expected in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr(precision, "bf16_units", lambda _, there=there: "AMX" * there)
-        assert automatic() == TrainConfig(precision="auto").computes_in("float32") == expected
-        for chosen in ("no", "bf16"):
-            assert TrainConfig(precision=chosen).computes_in("float32") == chosen
-        # a float32 adapter on a bfloat16 base needs autocast, whatever the hardware
-        assert TrainConfig(precision="auto").computes_in("bfloat16") == "bf16"
+@pytest.fixture
+def trial(monkeypatch, tmp_path):
+    """Sets what a machine has, and the time of a step in bfloat16; returns the widths tried."""
+    tried = []
+
+    def make(*, has_bf16: bool, fraction: float) -> list[int]:
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+        monkeypatch.setenv("PETL_CACHE", str(tmp_path))
+        monkeypatch.setattr(precision, "device_of_run", lambda: CPU)
+        monkeypatch.setattr(precision, "bf16_units", lambda _: "AMX" if has_bf16 else "")
+        monkeypatch.setattr(bf16_trial, "measure", lambda width, _: tried.append(width) or fraction)
+        bf16_trial.share_of_float32.cache_clear()
+        return tried
+
+    yield make
+    bf16_trial.share_of_float32.cache_clear()
 
 
-def test_a_precision_is_described_with_what_the_machine_has(monkeypatch):
-    monkeypatch.setattr(precision, "device_of_run", lambda: CPU)
-    monkeypatch.setattr(precision, "bf16_units", lambda _: "AMX")
-    assert described("bf16") == "bf16 (cpu has AMX)"
-    assert described("no") == "float32 (cpu has AMX)"
-    monkeypatch.setattr(precision, "bf16_units", lambda _: "")
-    assert described("no") == "float32 (cpu has no products in bfloat16)"
-    assert "emulates them" in described("bf16")
+def run_of(*words: str, model: str = "minilm") -> RunConfig:
+    return read_config(compose(["+method=lora", f"model={model}", *words]))
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "fraction", "expected"),
+    [(True, 0.7, "bf16"), (True, 0.95, "no"), (True, 1.3, "no"), (False, 0.7, "no")],
+)
+def test_by_default_the_precision_is_what_a_trial_found_faster(trial, has_bf16, fraction, expected):
+    tried = trial(has_bf16=has_bf16, fraction=fraction)
+    assert run_of().precision == expected
+    assert tried == [384] * has_bf16  # the width of MiniLM
+    assert run_of("train.precision=bf16").precision == "bf16"
+    assert run_of("train.precision=no").precision == "no"
+    # a float32 adapter on a bfloat16 base needs autocast, whatever the hardware
+    assert run_of("model.dtype=bfloat16").precision == "bf16"
+
+
+def test_a_trial_is_made_once_on_a_machine_and_again_if_its_file_is_damaged(trial, tmp_path):
+    tried = trial(has_bf16=True, fraction=0.7)
+    for damage in (None, None, "{", '{"fraction": "x"}', "{}"):
+        if damage is not None:
+            (file,) = (tmp_path / "precision").iterdir()
+            file.write_text(damage)
+        bf16_trial.share_of_float32.cache_clear()
+        assert run_of().precision == "bf16"
+    assert tried == [384] * 4
+
+
+@pytest.mark.parametrize(
+    ("width", "tried"),
+    [(64, []), (200, [192]), (2048, [1024])],
+)
+def test_a_narrow_model_needs_no_trial_and_a_wide_one_is_tried_as_a_smaller(trial, width, tried):
+    found = trial(has_bf16=True, fraction=0.6)
+    words = ("model.architecture=bert", f"+model.settings.hidden_size={width}")
+    chosen = run_of(*words, model="config").precision
+    assert (chosen, found) == ("bf16" if tried else "no", tried)
+
+
+def test_what_accelerate_launch_was_told_counts(trial, monkeypatch):
+    tried = trial(has_bf16=True, fraction=0.6)
+    for told in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+        assert run_of().precision == told
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(InputError, match="ACCELERATE_MIXED_PRECISION=fp16"):
+        run_of().precision  # noqa: B018
+    assert run_of("train.precision=no").precision == "no"
+    assert not tried
+
+
+@pytest.mark.thorough
+def test_a_trial_leaves_the_random_state_and_measures_a_time():
+    before = torch.get_rng_state()
+    assert 0.05 < bf16_trial.measure(64, CPU) < 20
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_precision_is_described_with_its_reason(trial):
+    source = run_of().model
+    trial(has_bf16=True, fraction=0.7)
+    assert described("bf16", source) == "bf16 (cpu has AMX, a step takes 0.70 of float32's time)"
+    narrow = run_of("model.architecture=bert", "+model.settings.hidden_size=64", model="config")
+    assert "which pays for states of 128 numbers or more" in described("no", narrow.model)
+
+
+def test_of_a_machine_without_bfloat16_it_is_said(trial, monkeypatch):
+    source = run_of().model
+    trial(has_bf16=False, fraction=0.7)
+    assert described("no", source) == "float32 (cpu has no products in bfloat16)"
+    assert "emulates them" in described("bf16", source)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert described("no", source) == "float32 (ACCELERATE_MIXED_PRECISION is set to no)"
 
 
 def test_accelerates_switch_to_the_cpu_counts(monkeypatch):

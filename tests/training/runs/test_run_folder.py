@@ -104,7 +104,7 @@ def logits_in_memory(finished, tiny):
 def test_the_saved_adapter_scores_what_the_run_reported(finished, tiny):
     cfg = compose([*tiny.classify, "+method=mola"])
     settings = read_config(cfg).train
-    accelerator = start(settings.seed, settings.computes_in("float32"))
+    accelerator = start(settings.seed, "no")
     data = read_data(cfg.data)
     splits = encode_splits(data, load_tokenizer(cfg.model), settings, accelerator)
     model = petl.load(load_base(cfg.model, data.task), finished.path / "adapter")
