@@ -59,6 +59,8 @@ code.
 MEANINGS = {
     Capability.DDP: "two processes train the same adapter as one process, on the same examples",
     Capability.FSDP: "likewise two processes with sharded parameters (`+launch=fsdp`)",
+    Capability.FSDP1: "likewise in FullyShardedDataParallel with `use_orig_params=True`, wrapped "
+    "by block and by PEFT's policy",
     Capability.ZERO: "likewise two processes with DeepSpeed ZeRO, stages 1 and 2 "
     "(`+launch=deepspeed`)",
     Capability.BASE_4BIT: "trains and reloads on an NF4 base model, bitsandbytes "

@@ -46,6 +46,7 @@ from petl.core.compat import (
     extend_method,
 )
 from petl.core.layers.class_swap import AdapterDict
+from petl.core.layers.wrappers import without_fsdp1
 from petl.core.spec.checks import pattern_value
 from petl.core.spec.facts import facts_of
 from petl.core.types import Fields, Record
@@ -388,8 +389,14 @@ class Base:
 
 def _save(original: Callable[..., None], model: PeftModel, *args: object, **kwargs: object) -> None:
     """Save adapters as `PeftModel.save_pretrained` does, those of petl with its files."""
-    original(model, *args, **kwargs)
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    with without_fsdp1(model, kwargs.get("state_dict")):
+        original(model, *args, **kwargs)
+        given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+        _save_files(model, given)
+
+
+def _save_files(model: PeftModel, given: Mapping[str, Any]) -> None:
+    """Write petl's files beside those of PEFT; `given` are the arguments of `save_pretrained`."""
     if KNOWN not in vars(model) or not given.get("is_main_process", True):
         return
     # a conversion writes another config than that of the model

@@ -23,7 +23,7 @@ from petl.core.fingerprint import (
 from petl.core.model.targets import check_tokens
 from petl.core.parameters import check_module
 from petl.core.refusals import refuse_adapted
-from petl.core.registry import refusal, refuse_other_kinds, refuse_quantized
+from petl.core.registry import check_fsdp1, refusal, refuse_other_kinds, refuse_quantized
 from petl.core.skeleton import SkeletonShapes, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
 from petl.core.spec.method import modifies_base_weights
@@ -129,6 +129,7 @@ def load(
             ) from error
     apply_peft_fixes(model, refusal(model.peft_config[adapter_name], Capability.MIXED_BATCH))
     enable_switching(model)
+    check_fsdp1(model)
     keep_statistics(model.get_base_model())
     reach_reversible_blocks(model.get_base_model())
     remember_base(model, present, others)

@@ -19,6 +19,7 @@ from petl.core.compat import (
     without_noise,
 )
 from petl.core.fingerprint import fingerprint, remember_base
+from petl.core.layers.wrappers import Fsdp1Check
 from petl.core.method import Method, WrapContext
 from petl.core.model.coverage import log_coverage
 from petl.core.model.names import PRESETS, check_parameters, frozen_head
@@ -246,6 +247,7 @@ def wrap(
         wrapped = _adapted(entry, config, model, adapter_name, calibration)
     apply_peft_fixes(wrapped, refusal(config, Capability.MIXED_BATCH))
     enable_switching(wrapped)
+    check_fsdp1(wrapped)
     remember_base(wrapped, digests)
     head = frozen_head(wrapped.get_base_model())
     if head:
@@ -528,6 +530,17 @@ def method_part(config: PeftConfig) -> Part:
         return entry.part(config)
     has_prompts = config.is_prompt_learning or config.is_adaption_prompt
     return Part(type(config).__name__, (Capability.PROMPTS,) if has_prompts else ())
+
+
+def check_fsdp1(model: PeftModel) -> None:
+    """Let a model raise UnsupportedError in FSDP1 if a method or extra loss of it lacks that."""
+    model.register_forward_pre_hook(Fsdp1Check(_chosen_for))
+
+
+def _chosen_for(model: nn.Module) -> list[Part]:
+    extra_losses = resolve_name("petl.core.losses:extra_losses")
+    methods = map(method_part, cast(PeftModel, model).peft_config.values())
+    return [*methods, *(loss_part(each.config) for each in extra_losses(model))]
 
 
 def require_capability(config: PeftConfig, capability: Capability, wanted: str) -> None:

@@ -24,6 +24,7 @@ class Capability(StrEnum):
     # how processes divide the work
     DDP = "ddp"
     FSDP = "fsdp"
+    FSDP1 = "fsdp1"  # not of a run, but of Trainer and Accelerate
     ZERO = "deepspeed"
     # quantization of the base model
     BASE_4BIT = "4bit"

@@ -28,6 +28,7 @@ from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import BASES, Capability
 from petl.errors import InputError
+from petl.methods.families.sharding import factors_of_experts
 
 
 def data_driven_initialization(config: peft.LoraConfig) -> str:
@@ -42,6 +43,11 @@ def needs_dense_weights(config: peft.LoraConfig) -> str:
     if not modifies_base_weights(config) and not data_driven_initialization(config):
         return ""
     return f"init_lora_weights={init!r} needs unsharded, unquantized base weights"
+
+
+def needs_whole_tensors(config: peft.LoraConfig) -> str:
+    """The reason why FSDP1 must not shard a model with an adapter of this config, or ""."""
+    return needs_dense_weights(config) or factors_of_experts(config)
 
 
 DENSE_WEIGHTS = dict.fromkeys((Capability.FSDP, *BASES), needs_dense_weights)
@@ -61,7 +67,7 @@ def adapts_a_weight(config: peft.LoraConfig) -> str:
 
 
 OF_ROWS = dict.fromkeys((Capability.MIXED_BATCH, Capability.TOGETHER), adapts_a_weight)
-OF_LORA = DENSE_WEIGHTS | OF_ROWS
+OF_LORA = {**DENSE_WEIGHTS, **OF_ROWS, Capability.FSDP1: needs_whole_tensors}
 
 
 def initialize(c: WrapContext[peft.LoraConfig]) -> Finish | None:
@@ -232,6 +238,8 @@ adopt(
     components=ordered,
     lacks={
         **DENSE_WEIGHTS,
+        Capability.FSDP1: "it reads its magnitudes outside of the modules that have them, each of "
+        "which PEFT's policy wraps by itself",
         Capability.BASE_8BIT: "PEFT's DoRA computes the norm of the base weight, which it cannot "
         "dequantize here",
         Capability.COMPILE: "PEFT's DoRA reads the name of the base layer's class, which breaks "

@@ -48,7 +48,8 @@ class ExpertLinear(nn.Linear):
 
     def _slice(self, name: str) -> Tensor:
         # detached, so that it shares memory and version with the stack, and has no graph
-        return self.owner[0].get_parameter(name).detach()[self.expert]
+        # not `get_parameter`: under FSDP1 the stack is a plain tensor
+        return getattr(self.owner[0], name).detach()[self.expert]
 
     @property
     def weight(self) -> nn.Parameter:  # ty: ignore[incompatible-property-override]

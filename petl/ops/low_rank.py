@@ -34,12 +34,12 @@ def is_frozen_linear(
 
     The weight must be of one of `weight_types`; that of a sharded or quantized layer is not.
     """
-    return (
-        type(base) in (*LINEAR, Conv1D)
-        and type(base.weight) in weight_types
-        and has_no_hooks(base)
-        and not any(p.requires_grad for p in base.parameters(recurse=False))
-    )
+    if type(base) not in (*LINEAR, Conv1D) or not has_no_hooks(base):
+        return False
+    # not `parameters()`: while FSDP1 recomputes a block, its weights are plain attributes
+    weight, bias = base.weight, base.bias
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return type(weight) in weight_types and not trains
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., object]]:
@@ -68,8 +68,15 @@ def call_with_weight(
     base: nn.Module, weight: Tensor, x: Tensor, *args: object, **kwargs: object
 ) -> Tensor:
     """Call an nn.Linear or Conv1D, whose hooks run, with `weight` [O, I] in place of its own."""
-    stored = weight.t() if isinstance(base, Conv1D) else weight
-    return functional_call(base, {"weight": stored}, (x, *args), kwargs)
+    stored, own = weight.t() if isinstance(base, Conv1D) else weight, vars(base)
+    if "weight" not in own:
+        return functional_call(base, {"weight": stored}, (x, *args), kwargs)
+    # under FSDP1 it is a plain attribute, which functional_call does not replace
+    before, own["weight"] = own["weight"], stored
+    try:
+        return base(x, *args, **kwargs)
+    finally:
+        own["weight"] = before
 
 
 def owns_output(base: nn.Module) -> bool:

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
@@ -17,7 +19,7 @@ from petl.core.model.structure import blocks
 from petl.core.registry import refusal
 from petl.core.support import Capability
 from petl.errors import UnsupportedError
-from petl.testing.case import Case, assert_close, trainable
+from petl.testing.case import Case, assert_close, logits, trainable
 from petl.testing.catalog import check, on_llama
 from petl.testing.models import Batch
 from petl.testing.processes import in_processes
@@ -52,6 +54,15 @@ def sharded_processes_equal_one(case: Case) -> None:
     model = case.wrap_stirred().train()
     train(model, case.batch(), steps=STEPS, lr=LR, eps=EPS)
     _compare(case, _train_fsdp, {n: p.detach() for n, p in trainable(model).items()})
+
+
+@check(on_llama, slow=True, of=Capability.FSDP1)
+def fsdp1_processes_equal_one(case: Case) -> None:
+    """Two processes in FSDP1, by block and by PEFT's policy, end with the adapter of one."""
+    model = case.wrap_stirred().train()
+    train(model, case.batch(), steps=STEPS, lr=LR, eps=EPS)
+    expected = {n: p.detach() for n, p in trainable(model).items()}
+    _compare(case, _train_fsdp1, {f"{p}: {n}": t for p in POLICIES for n, t in expected.items()})
 
 
 @check(on_llama, slow=True, package="deepspeed", of=Capability.ZERO)
@@ -110,6 +121,48 @@ def _train_fsdp(case: Case) -> tuple[int, State]:
     _train_on_own_rows(case, model)
     shards: dict[str, Any] = {**trainable(model)}
     return size, {name: shard.full_tensor().detach() for name, shard in shards.items()}
+
+
+def _train_fsdp1(case: Case) -> tuple[int, State]:
+    """Return world size and, by policy and name, the adapter's tensors after training."""
+    state = {f"{p}: {n}": t for p in POLICIES for n, t in _train_by_policy(case, p).items()}
+    return distributed.get_world_size(), state
+
+
+def _train_by_policy(case: Case, policy: str) -> State:
+    model = case.wrap_stirred().train()
+    names = [*trainable(model)]
+    sharded = POLICIES[policy](model)
+    logits(sharded, _own_rows(case)[0])  # it is refused at the first forward pass
+    _train_on_own_rows(case, sharded)
+    state = full_state(sharded)
+    return {name: state[name] for name in names}
+
+
+def by_block(model: PeftModel) -> FullyShardedDataParallel:
+    """Shard a model with FSDP1, each block by itself."""
+    return _in_fsdp1(model, ModuleWrapPolicy({type(block) for _, block in blocks(model)}))
+
+
+def by_peft(model: PeftModel) -> FullyShardedDataParallel:
+    """Shard a model with FSDP1 by PEFT's policy: blocks, and each layer that trains."""
+    return _in_fsdp1(model, fsdp_auto_wrap_policy(model))
+
+
+def _in_fsdp1(model: PeftModel, policy: Callable[..., bool]) -> FullyShardedDataParallel:
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu
+    )
+
+
+POLICIES = {"by block": by_block, "by PEFT's policy": by_peft}
+
+
+def full_state(sharded: FullyShardedDataParallel) -> State:
+    """Return the whole state dict of a model in FSDP1, in all processes."""
+    with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.FULL_STATE_DICT):
+        return sharded.state_dict()
 
 
 def _train_zero(case: Case) -> tuple[int, State]:

@@ -12,6 +12,7 @@ STEPS = 1000  # length of a run, for methods with a schedule (assumption)
 HEADINGS = {
     Capability.DDP: "DDP",
     Capability.FSDP: "FSDP2",
+    Capability.FSDP1: "FSDP1",
     Capability.ZERO: "DeepSpeed",
     Capability.BASE_4BIT: "4-bit base",
     Capability.BASE_8BIT: "8-bit base",

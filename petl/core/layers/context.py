@@ -21,16 +21,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.core.masks import as_2d, tokens_of
 from petl.core.types import Arguments
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.ops import Ctx
-from petl.system.collectives import REPLICA, num_processes, summed
+from petl.system.collectives import num_processes, summed
 
 T = TypeVar("T")
 TASKS = "tasks of rows"  # keys in `ForwardContext.state`
@@ -94,7 +93,6 @@ class ForwardContext:
         self.rows: Sequence[int] | None = None
         self.tokens: tuple[Tensor, int] | None = None
         self._once: dict[object, Any] = {}
-        self._sharding_is_known = False  # see `refuse_wrapper`
         # one without and one with gradients, see `state`
         self._states: tuple[dict[object, Any], dict[object, Any]] = ({}, {})
 
@@ -227,34 +225,6 @@ class ForwardContext:
         """Set `mask` and `decoder_mask` from the inputs of the base model."""
         # from keyword arguments only: trainers of transformers pass batches so
         self.mask, self.decoder_mask = tokens_of(kwargs, has_decoder=is_encoder_decoder(model))
-
-    def refuse_wrapper(self, model: nn.Module, args: object) -> None:
-        """Forward pre-hook of the base model: raise UnsupportedError under a parallel wrapper.
-
-        nn.DataParallel runs a copy of the model for each GPU, which would share this context and
-        the adapters of the first GPU, and quantized weights would not be quantized. Under FSDP1,
-        `save_pretrained` would find no tensors of the adapter, quantized weights would train
-        unquantized, and methods that change their adapters would see shards only.
-        """
-        if hasattr(model, REPLICA):
-            raise UnsupportedError(
-                "nn.DataParallel, which Trainer uses if it was started as one process and sees "
-                "several GPUs, cannot run methods of petl: its copies would share the adapters of "
-                "the first GPU; start one process per GPU with torchrun or accelerate launch, or "
-                "set CUDA_VISIBLE_DEVICES to one GPU"
-            )
-        # an attribute that FSDP1 and FSDP2 both set on all modules
-        if self._sharding_is_known or not hasattr(model, "_is_fsdp_managed_module"):
-            return
-        # during its forward pass, FSDP1 registers plain tensors in place of parameters
-        has_views = not all(isinstance(p, nn.Parameter) for p in model.parameters())
-        if has_views or any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
-            raise UnsupportedError(
-                "FSDP1 (FullyShardedDataParallel) cannot train methods of petl: their adapters "
-                "could not be saved; use FSDP2, by fsdp_version: 2 in Accelerate's config or "
-                "torch.distributed.fsdp.fully_shard in a loop of your own"
-            )
-        self._sharding_is_known = True
 
     def end(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
         """Forward hook of the base model: add the auxiliary loss to `output["loss"]`, detached.

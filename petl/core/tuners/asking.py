@@ -15,10 +15,11 @@ from petl.core.layers.block import BlockAdapters
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import Adapter
+from petl.core.layers.wrappers import Fsdp1Check, refuse_replica
 from petl.core.method import AdapterSet, C, Method, NewAdapters, Tensors, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.weight_changes import CHANGES, change_map
-from petl.core.support import Capability, reason_of
+from petl.core.support import Capability, Part, reason_of
 from petl.core.switching.tuner import SwitchingTuner, layers_of
 from petl.core.tuners.gradients import updated, watch_updates
 from petl.errors import InputError, UnsupportedError
@@ -81,10 +82,15 @@ class AskingTuner(SwitchingTuner):
         # PEFT calls this hook once per tuner, before the first adapter is injected
         self.context = ForwardContext()
         self.hooks += [
-            model.register_forward_pre_hook(self.context.refuse_wrapper),
+            model.register_forward_pre_hook(refuse_replica),
+            model.register_forward_pre_hook(Fsdp1Check(self.chosen)),
             model.register_forward_pre_hook(self.context.begin, with_kwargs=True),
             model.register_forward_hook(self.context.end, with_kwargs=True),
         ]
+
+    def chosen(self, model: nn.Module) -> list[Part]:
+        """Return the method, with the config of each adapter, as parts of a choice."""
+        return [self.method.part(config) for config in self.peft_config.values()]
 
     def _remove_hooks(self) -> None:
         for handle in self.hooks:

@@ -67,7 +67,8 @@ class GradientCheck:
         """Look at the gradients of a step; return the tensors of which it is now known."""
         if self.is_over or not has_rate(optimizer):
             return None
-        trained = stepped(model, optimizer)
+        # FSDP1 leaves an empty tensor in a process that has no part of it
+        trained = {name: p for name, p in stepped(model, optimizer).items() if p.numel()}
         # an optimizer that frees the gradients in its step shows none
         if all(p.grad is None for p in trained.values()):
             return None

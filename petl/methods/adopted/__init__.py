@@ -48,6 +48,7 @@ adopt(
     lacks={
         **NO_LORA,
         Capability.FSDP: "it masks complete triplets, and FSDP shards them; launch it with ddp",
+        Capability.FSDP1: "it masks complete triplets, and FSDP1 shards them; launch it with ddp",
         Capability.ZERO: "it masks ranks by gradients, which ZeRO has already freed; launch it "
         "with ddp",
         Capability.EXTRA_LOSS: (
@@ -139,6 +140,7 @@ adopt(
     lacks={
         **IGNORES_NAMES,
         Capability.FSDP: "PEFT registers its vector bank on every layer, which FSDP2 cannot shard",
+        Capability.FSDP1: "PEFT registers its vector bank on every layer, and FSDP1 shards one",
         Capability.COMPILE: "it checks for infinite logits on the host, which breaks the graph",
     },
 )

@@ -66,6 +66,7 @@ UNLESS_PV = {
     Capability.ZERO: "ZeRO has its own copies of what trains, which that does not reach: use ddp",
     Capability.ADAMR: "the reference does not move with them",
 }
+VIEWS = "FSDP1 puts plain tensors in place of its weights, which would not be quantized"
 MOVED = "the codes change after each optimizer step (steps=pv), and {}"
 Training = TrainContext[Any, Any]
 Saved: TypeAlias = AdapterSet[BinaryConfig, Adapter]
@@ -114,6 +115,7 @@ class Binary(Outer):
             "inner_defaults": INNER_DEFAULTS.get(inner.name, {}),
             "lacks": {
                 Capability.LORA_EXPORT: lora_reason,
+                Capability.FSDP1: VIEWS,
                 **{each: unless_pv(each, why) for each, why in UNLESS_PV.items()},
             },
         }

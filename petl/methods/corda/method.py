@@ -41,6 +41,7 @@ from petl.methods.corda.initialization import (
     without_experts,
 )
 from petl.methods.families.conversion import set_refusal
+from petl.methods.families.sharding import factors_of_experts
 from petl.system.files.tensor_file import check_finite
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Corda(Method[CordaConfig, Any]):
         Capability.EXPERTS: without_experts,
         Capability.NEW_TOKENS: "its export holds the updates of linear layers alone",
         Capability.RANKS: "it distributes ranks itself, by rank_budget",
+        Capability.FSDP1: factors_of_experts,
         **dict.fromkeys(BASES, QUANTIZED),
         Capability.MIXED_BATCH: "a CorDA adapter changes the base weights, so the model can have "
         "no other adapter",

@@ -86,7 +86,7 @@ class DkvbAdapter(Adapter):
             )
         table = self.values.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):
-            if "decoder" in self._parameters:
+            if hasattr(self, "decoder"):
                 out = F.linear(F.embedding(index, table).flatten(1), self.decoder)
             else:
                 out = F.embedding_bag(index, table, mode="sum") / C

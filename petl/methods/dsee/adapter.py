@@ -171,7 +171,7 @@ class DseeAdapter(RewritingAdapter):
         is_plain = not (args or kwargs) and is_frozen_linear(base, WEIGHT_TYPES)
         if torch.compiler.is_compiling() or not is_plain:
             return self._called(x, base, *args, **kwargs)
-        stored, bias = base.get_parameter("weight"), cast(Tensor | None, base.bias)
+        stored, bias = cast(Tensor, base.weight), cast(Tensor | None, base.bias)
         if x.dtype != stored.dtype and not torch.is_autocast_enabled(x.device.type):
             return self._called(x, base)  # the layer raises
         weight = stored.t() if isinstance(base, Conv1D) else stored
@@ -198,7 +198,7 @@ class DseeAdapter(RewritingAdapter):
         """Call the base layer, whose hooks run, with m W in place of its weight; add the update."""
         if not self.pruned:
             return self(x, base(x, *args, **kwargs))
-        stored = base.get_parameter("weight")
+        stored = cast(Tensor, base.weight)
         if isinstance(stored, DTensor):
             raise UnsupportedError(f"{self.info.key}: {SHARDED}")
         weight = stored.t() if isinstance(base, Conv1D) else stored

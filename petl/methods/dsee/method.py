@@ -43,6 +43,10 @@ from petl.system import collectives as distributed
 from petl.system.progress import Pass
 
 logger = logging.getLogger(__name__)
+FLAT = (
+    "weights and heads are pruned by whole tensors after a step, and FSDP1 leaves each process "
+    "flat parts; leave prune_step null, and prune the saved adapter without FSDP1"
+)
 QUANTIZED = (
     "dsee: cannot prune a quantised base, whose single weights cannot be set to zero; load it in "
     "bf16, or leave prune_step null and train the update alone"
@@ -81,6 +85,7 @@ class Dsee(Method[DseeConfig, DseeAdapter]):
             lambda config: QUANTIZED if config.prune_step is not None else "",
         ),
         Capability.MIXED_BATCH: lambda config: ALONE if config.prune_step is not None else "",
+        Capability.FSDP1: lambda config: FLAT if config.prune_step is not None else "",
     }
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know whether their weights are pruned"

@@ -59,6 +59,8 @@ class Increlora(Method[IncreloraConfig, IncreloraAdapter]):
         Capability.RANKS: "it finds its ranks itself while it trains",
         Capability.TOGETHER: "",
         Capability.ZERO: needs_own_learning_rates,
+        Capability.FSDP1: "it scores and grows whole components, of which FSDP1 leaves each "
+        "process flat parts",
     }
     strength_tensors = ("lora_B",)
     components = "it orders them by importance itself"

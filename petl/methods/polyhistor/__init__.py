@@ -363,7 +363,7 @@ class PolyhistorAdapter(SubLayerAdapter):
         """Return a tensor in float32, also if the model was cast as a whole, on this device."""
         tensor: Tensor = getattr(self.info.shared if shared else self, name)
         # a model may be spread over devices
-        return tensor.to(cast(Tensor, self._parameters["layer_embedding"]).device, torch.float32)
+        return tensor.to(self.layer_embedding.device, torch.float32)
 
 
 @register

@@ -43,6 +43,10 @@ from petl.system.collectives import to_full
 
 __all__ = ["Pst", "PstAdapter", "PstConfig"]
 
+FLAT = (
+    "a mask that is saved is made of whole weights between two steps, and FSDP1 leaves each "
+    "process flat parts; set save_mask=false"
+)
 DENSE = "pst prunes single base weights, which a quantized weight does not have; load it in bf16"
 
 
@@ -140,6 +144,7 @@ class Pst(Method[PstConfig, PstAdapter]):
         Capability.ADAMR: "",  # masks change, and no trained tensor
         **dict.fromkeys(BASES, DENSE),
         Capability.MIXED_BATCH: ALONE,
+        Capability.FSDP1: lambda config: FLAT if config.save_mask else "",
     }
     # transformers puts the tensors into the layers without a call of `_load_from_state_dict`
     needs_tuner = "its layers would not know how many of their weights are pruned"

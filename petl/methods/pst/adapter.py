@@ -245,7 +245,7 @@ class PstAdapter(RewritingAdapter):
         return ALONE
 
     def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
-        stored = base.get_parameter("weight")
+        stored = cast(Tensor, base.weight)
         if isinstance(stored, DTensor):
             raise UnsupportedError(f"{self.info.key}: {SHARDED}")
         weight = stored.t() if isinstance(base, Conv1D) else stored

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from peft import TaskType
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +21,13 @@ from petl.errors import InputError
 from petl.methods.sherl.adapter import SIZES, SherlAdapter
 from petl.methods.sherl.config import SherlConfig, SherlLayout, plan_of
 from petl.methods.sherl.hooks import MEMORY, BlockStack, Collect, SideFeed
+
+
+def of_two_stacks(config: SherlConfig) -> str:
+    """Return why FSDP1 must not shard a model with this config; "": it may."""
+    if config.task_type != TaskType.SEQ_2_SEQ_LM:
+        return ""
+    return "FSDP1 has freed the weights of the encoder's side network when its backward comes"
 
 
 @register
@@ -43,6 +51,7 @@ class Sherl(Method[SherlConfig, SherlAdapter]):
         ),
         Capability.NEW_TOKENS: "the model below its side network computes no gradients",
         Capability.MIXED_BATCH: "one side network at a time feeds the late blocks",
+        Capability.FSDP1: of_two_stacks,
     }
 
     def targets(self, c: WrapContext[SherlConfig]) -> list[Target]:

@@ -170,7 +170,7 @@ class SparseAdapter(Adapter):
             return super().with_base(x, base, *args, **kwargs)
         self._count_call()
         x = x.to(product_dtype(x))
-        weight, bias = base.get_parameter("weight"), cast(Tensor | None, base.bias)
+        weight, bias = cast(Tensor, base.weight), cast(Tensor | None, base.bias)
         if torch.compiler.is_compiling():
             return compiled_linear(x, self.values, weight, bias, self.number)
         return sparse_linear(x, weight, bias, self.values, self.support, self.products)

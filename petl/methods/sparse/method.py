@@ -18,7 +18,7 @@ from petl.methods.sparse import schedule
 from petl.methods.sparse.adapter import Candidates, SparseAdapter
 from petl.methods.sparse.budget import deltas_by_module
 from petl.methods.sparse.config import SparseConfig
-from petl.methods.sparse.selection import SINGLE, checked, end_update, select
+from petl.methods.sparse.selection import FLAT, SINGLE, checked, end_update, select
 from petl.methods.sparse.sm3 import SparseSM3
 
 Training = TrainContext[SparseConfig, SparseAdapter]
@@ -38,6 +38,7 @@ class Sparse(Method[SparseConfig, SparseAdapter]):
     recommended = "changes weights where gradients are large; merges without an approximation"
     lacks = {
         Capability.ZERO: lambda config: "" if config.selection_algorithm == "none" else SINGLE,
+        Capability.FSDP1: lambda config: "" if config.selection_algorithm == "none" else FLAT,
     }
     strength_tensors = ("values",)
     by_position = True

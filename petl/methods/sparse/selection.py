@@ -25,6 +25,10 @@ SINGLE = (
     "reselection reads gradients and moves the optimizer's state of single values, which ZeRO "
     "shards; train with DDP, or use selection_algorithm='none'"
 )
+FLAT = (
+    "reselection exchanges values of whole tensors, of which FSDP1 leaves each process flat parts, "
+    "unless selection_algorithm='none'"
+)
 
 
 def select(adapter: SparseAdapter, fraction: float, optimizer: Optimizer) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import inject_adapter_in_model
+from peft import get_peft_model, inject_adapter_in_model
 from tiny_tokenizers import byte_tokenizer
 from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -14,6 +14,7 @@ import petl
 from petl import testing
 from petl.errors import UnsupportedError
 from petl.testing import TINY_MODELS
+from petl.testing.parallel import full_state
 
 BATCH = TINY_MODELS["llama"].batch()
 MOS = {"r": 4, "equivalent_rank": 2, "private_rank": 1}
@@ -104,15 +105,77 @@ def test_copies_of_nn_data_parallel_are_refused(name, fields):
     base(**BATCH)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize(("name", "fields"), WRAPPED)
-@pytest.mark.filterwarnings("ignore")  # of torch, about FSDP1 itself
-def test_fsdp1_is_refused_at_the_first_forward_pass(name, fields, nested, one_process):
-    model = petl.wrap(testing.tiny_llama(), name, **fields)
+def in_fsdp1(model, *, nested):
     policy = ModuleWrapPolicy({LlamaDecoderLayer}) if nested else None
     cpu = torch.device("cpu")
-    sharded = FullyShardedDataParallel(
+    return FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu
     )
-    with pytest.raises(petl.InputError, match=r"FSDP1 .* use FSDP2"):
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("binary", {"inner": "lora"}, "would not be quantized"),
+        ("increlora", {}, "grows whole components"),
+        ("sparse", {"total_step": 9}, "selection_algorithm='none'"),
+        ("dora", {}, "reads its magnitudes"),
+        ("lora", {"init_lora_weights": "pissa"}, "pissa"),
+        ("nested", {"method_config": {"r": 4}}, "parts of the components"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, about FSDP1 itself
+def test_fsdp1_is_refused_at_the_first_forward_pass(name, fields, reason, nested, one_process):
+    sharded = in_fsdp1(petl.wrap(testing.tiny_llama(), name, **fields), nested=nested)
+    with pytest.raises(UnsupportedError, match=rf"FSDP1 .*{reason}.* use FSDP2"):
         sharded(**BATCH)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about FSDP1 itself
+def test_fsdp1_is_refused_without_petl_wrap(one_process):
+    config = petl.build_config("increlora", task_type="CAUSAL_LM")
+    sharded = in_fsdp1(get_peft_model(testing.tiny_llama(), config), nested=True)
+    with pytest.raises(UnsupportedError, match="grows whole components"):
+        sharded(**BATCH)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("name", "fields"), [("adapter", {}), ("mos", MOS), ("lora", {"modules_to_save": ["lm_head"]})]
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, about FSDP1 itself
+def test_an_adapter_is_saved_from_inside_fsdp1(name, fields, nested, one_process, tmp_path):
+    model = testing.stir(petl.wrap(testing.tiny_llama(), name, **fields))
+    expected = testing.logits(model, BATCH)
+    sharded = in_fsdp1(model, nested=nested)
+    torch.testing.assert_close(testing.logits(sharded, BATCH), expected)
+    with pytest.raises(petl.InputError, match=r"state_dict=accelerator.get_state_dict\(sharded\)"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, state_dict=full_state(sharded))
+    loaded = petl.load(testing.tiny_llama(), tmp_path)
+    torch.testing.assert_close(testing.logits(loaded, BATCH), expected)
+    sharded(**BATCH)  # its wrappers are in place again
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("corda", {}),
+        ("mola", {}),
+        ("polyhistor", {"tasks": ["only"]}),
+        ("pst", {}),
+        ("sparse", {"selection_algorithm": "none"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, about FSDP1 itself
+def test_blocks_are_recomputed_in_fsdp1(name, fields, one_process):
+    case = testing.Case(name, "llama", fields)
+    expected = testing.gradients(case.wrap_stirred(), BATCH)
+    model = case.wrap_stirred()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    found = testing.gradients(in_fsdp1(model, nested=True), BATCH)
+    found = {key.replace("_fsdp_wrapped_module.", ""): grad for key, grad in found.items()}
+    assert found.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(found[key].view_as(grad), grad, atol=1e-5, rtol=1e-3)

@@ -96,6 +96,7 @@ class NestedWidths:
     config_cls = NestedConfig
     lacks = {
         Capability.FSDP: "each process has parts of the components; use DDP",
+        Capability.FSDP1: "each process has parts of the components; use DDP",
         Capability.ZERO: "each process has parts of the components; use DDP",
         Capability.REENTRANT: (
             "the smaller width would be repeated as the full one; set "
