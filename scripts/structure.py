@@ -27,20 +27,20 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3815,
-    "ops": 3660,
-    "core": 14765,
+    "ops": 3668,
+    "core": 14865,
     "efficiency": 10180,
     "data": 17380,
     "training": 17460,
-    "methods": 19840,
+    "methods": 19900,
     "adapters": 9230,
     "generation": 8075,
     "experiments": 8800,
     "cli": 4805,
-    "testing": 3150,
+    "testing": 3175,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16260, "tests": 88600}
+OTHERS = {"scripts": 16260, "tests": 88700}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -366,7 +366,7 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("annotations with Any", share_of_any(), 0.030),
         Figure("hooks of Method that methods have", len(hooks()), 25),
         Figure("other names of core that methods override", len(overridden_besides()), 29),
-        Figure("guards", matches(GUARD), 230),
+        Figure("guards", matches(GUARD), 231),
         Figure("kinds of refusal", len(refusals()), 3),
         Figure("flags of configs by getattr", matches(FLAG), 15),
         Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
