@@ -9,6 +9,7 @@ def train_predictors(options: PredictorOptions) -> None:
     cfg = composed(options.overrides)
     from petl.data.base import as_dataset, read_data
     from petl.data.models.loading import load_base, load_processor
+    from petl.data.refused_rows import encode_usable
     from petl.efficiency.tokens.predictors import train_predictors
     from petl.experiments.reports.formatting import echo
     from petl.system.progress import ProgressItems
@@ -20,11 +21,10 @@ def train_predictors(options: PredictorOptions) -> None:
     accelerator = start(settings.seed, "no")
     data = read_data(cfg.data)
     processor = load_processor(cfg.model, data.task)
-    rows = data.task.encode(processor, as_dataset(data, options.steps * options.batch_size))
     size = options.batch_size
-    chosen = CalibrationData(
-        num_samples=options.steps * size, seq_len=options.length, batch_size=size
-    )
+    count = options.steps * size
+    _, (rows,) = encode_usable(data, processor, lambda data: [as_dataset(data, count)])
+    chosen = CalibrationData(num_samples=count, seq_len=options.length, batch_size=size)
     collate = data.task.collate(processor, 1)  # no padding to multiples
     batches = CalibrationBatches(rows, collate, chosen, data.task.label_columns)
     base = on_device(load_base(cfg.model, data.task, processor=processor), accelerator)

@@ -13,8 +13,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from petl.data import SOURCES
+from petl.data.faulty_rows import Origin
 from petl.data.tasks import NEW_TOKENS, NO_TEXT, TASKS
-from petl.data.validation import FaultyRow, Row
+from petl.data.validation import FaultyRow, RefusedRow, Row, placed
 from petl.errors import InputError, choose
 from petl.system.imports.peft_hook import import_modules
 from petl.system.settings.schema import plain
@@ -41,6 +42,7 @@ class Stream:
     Attributes:
         rows: starts an iterator from the first row; each iterator yields the same rows.
         buffer: number of rows in the shuffle buffer.
+        locate: gives the place of a row for messages; None: unknown.
         held: number of encoded rows, the first of the stream, that are held out for validation if
             the run validates, together with the remaining rows of their group (`Task.group`).
     """
@@ -48,6 +50,7 @@ class Stream:
     rows: Callable[[], Iterator[Row]]
     buffer: int
     held: int
+    locate: Callable[[int], str] | None = None
 
     def first_rows(self, count: int) -> "Dataset":
         """The first `count` rows, not encoded."""
@@ -56,9 +59,28 @@ class Stream:
 
     def encoded(self, task: "Task[P]", processor: "P") -> Iterator[Row]:
         """Yield the rows as `task` encodes them."""
-        rows = self.rows()
+        rows, start = self.rows(), 0
         while batch := list(islice(rows, ENCODED_TOGETHER)):
-            yield from encode(task, processor, batch)
+            try:
+                encoded = encode(task, processor, batch)
+            except RefusedRow:
+                self.refuse(task, processor, batch, start)
+                raise
+            yield from encoded
+            start += len(batch)
+
+    def refuse(self, task: "Task[P]", processor: "P", rows: Sequence[Row], start: int) -> None:
+        """Raise InputError for the first of some rows that is refused, with its place.
+
+        Args:
+            start: number of rows before them.
+        """
+        for number, row in enumerate(rows, start):
+            try:
+                encode(task, processor, [row])
+            except RefusedRow as error:
+                if self.locate is not None:
+                    raise InputError(placed(self.locate(number), str(error))) from error
 
 
 def refuse_stream(rows: object, reader: str) -> None:
@@ -95,6 +117,7 @@ class RawData:
         skipped: rows that were left out since they cannot be used, by split.
         near_duplicates: similarity from which on a test row is nearly a training row; None: none.
         sets: names of the sets of a mixture, whose rows have the number of theirs.
+        origins: the parts of each split, training and test, in its order; {}: unknown.
     """
 
     task: "Task"
@@ -105,6 +128,7 @@ class RawData:
     skipped: Mapping[str, Sequence[FaultyRow]] = field({})
     near_duplicates: float | None = None
     sets: Sequence[str] = ()
+    origins: Mapping[str, Sequence[Origin]] = field({})
 
 
 @dataclass(kw_only=True)

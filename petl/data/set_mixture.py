@@ -79,6 +79,7 @@ class SetMixture(SeveralSets):
             format="; ".join(formats),
             skipped=self.skipped(parts),
             sets=tuple(parts),
+            origins=self.origins(parts),
         )
 
 

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, ClassVar
@@ -15,7 +15,7 @@ from petl.data.base import (
     held_rows,
     hold_out,
 )
-from petl.data.faulty_rows import SKIP, described
+from petl.data.faulty_rows import SKIP, Origin, leave_out, refusal
 from petl.data.image_columns import ImageTextColumns
 from petl.data.label_column import doubts
 from petl.data.overlap import Shows, beginnings, question_text
@@ -120,7 +120,8 @@ class Tabular(ColumnSettings, ABC):
         task = build()
         train, test = self.divided(train, test, task)
         to_train, to_score = self.task_columns.split(list(train.values), list(test.values))
-        return self.raw(task, self.split(to_train), self.split(to_score), skipped)
+        data = self.raw(task, self.split(to_train), self.split(to_score), skipped)
+        return replace(data, origins=self.origins(train, test))
 
     def divided(
         self, train: SourceRows, test: SourceRows | None, task: Shows
@@ -157,7 +158,8 @@ class Tabular(ColumnSettings, ABC):
             build = columns.task(train)
         except InputError as error:
             if train.unread:  # without which too few rows are left
-                raise self.refused(train.unread, train) from error
+                skips = self.bad_rows == SKIP
+                raise refusal(train.unread, train, skips=skips) from error
             raise
         if test is not None or columns.has_test_set:
             train = train.select(self.sample("train", len(train)))
@@ -175,21 +177,15 @@ class Tabular(ColumnSettings, ABC):
             InputError: rows have a fault, and `data.bad_rows` is not skip; or all of them do.
         """
         found, faulty = rows.usable(self.task_columns.convert)
-        if faulty and (self.bad_rows != SKIP or not len(found)):
-            raise self.refused(faulty, rows)
         if faulty:
-            logger.warning("%s\ndata.bad_rows=skip leaves them out", described(faulty, rows))
+            leave_out(faulty, rows, skips=self.bad_rows == SKIP, left=len(found))
         return found, faulty
 
-    def refused(self, faulty: Sequence[FaultyRow], rows: SourceRows) -> InputError:
-        """The error for rows that cannot be used."""
-        message = described(faulty, rows)
-        if self.bad_rows == SKIP:
-            return InputError(f"{message}; data.bad_rows=skip leaves no row")
-        if len(faulty) == len(rows) + len(rows.unread):
-            return InputError(message)
-        end = "\n" if "\n" in message else "; "
-        return InputError(f"{message}{end}data.bad_rows=skip leaves such rows out")
+    def origins(self, *splits: SourceRows) -> dict[str, list[Origin]]:
+        """Where usable rows to train on and to test on are from."""
+        skips = self.bad_rows == SKIP
+        named = zip(("training", "test"), splits, strict=True)
+        return {name: [Origin(replace(rows, values=[]), skips)] for name, rows in named}
 
     def stream(self, rows: LazySourceRows, test: SourceRows | None) -> RawData:
         """Train rows that are checked while they are read, and test rows that are checked now.
@@ -207,9 +203,12 @@ class Tabular(ColumnSettings, ABC):
         # may read the whole stream once, for the classes
         task = self.task_columns.task(rows)()
         next(self.converted(rows))  # so that an error in the first row is raised before training
-        stream = Stream(partial(self.converted, rows), self.shuffle_buffer, self.held_rows)
+        stream = Stream(
+            partial(self.converted, rows), self.shuffle_buffer, self.held_rows, rows.locate
+        )
         test, _ = self.usable(test.select(self.sample("test", len(test))))
-        return self.raw(task, stream, self.split(list(test.values)), {})
+        data = self.raw(task, stream, self.split(list(test.values)), {})
+        return replace(data, origins=self.origins(test, test))
 
     def raw(
         self,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 
 from petl.data.base import RawData, Source, Stream, data_source
+from petl.data.faulty_rows import Origin
 from petl.data.named_sets import of_set, usual_of, with_sets
 from petl.data.tasks import COLUMN, SEPARATOR
 from petl.data.tasks.classification import Classification
@@ -99,6 +100,17 @@ class SeveralSets(Source, ABC):
             with of_set(name):
                 parts[name] = source.read()
         return parts
+
+    @staticmethod
+    def origins(parts: Mapping[str, RawData]) -> dict[str, list[Origin]]:
+        """Where the rows of all sets are from, by split; {} if that of one is unknown."""
+        found: dict[str, list[Origin]] = {}
+        for data in parts.values():
+            if not data.origins:
+                return {}
+            for split, origins in data.origins.items():
+                found.setdefault(split, []).extend(origins)
+        return found
 
     @staticmethod
     def skipped(parts: Mapping[str, RawData]) -> dict[str, list[FaultyRow]]:

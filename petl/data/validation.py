@@ -32,6 +32,10 @@ def placed(place: str, reason: str) -> str:
     return f"{place} {reason}" if reason.startswith("has no ") else f"{place}: {reason}"
 
 
+class RefusedRow(InputError):
+    """A row that a task cannot encode, such as a conversation that a chat template refuses."""
+
+
 class FaultyRow(NamedTuple):
     """A row that cannot be used.
 
@@ -141,6 +145,11 @@ class LazySourceRows:
     max_rows: int | None = None
     classes: list[str] | None = None
     whole: Callable[[], Iterable[Row]] | None = None
+
+    def locate(self, number: int) -> str:
+        """The location of a row, for messages: the rows up to it are read again."""
+        location, _ = next(islice(self.read(every), number, None))
+        return location
 
     def column(self, name: str, parse: Callable[[object], T]) -> Iterator[T]:
         """Yield the values of a column after `parse`; errors as in `map`."""

@@ -16,6 +16,7 @@ from petl.data.base import Row, as_dataset, read_data
 from petl.data.batch_sampler import chunks, permutation
 from petl.data.models.loading import load_processor
 from petl.data.models.sources import ModelSource
+from petl.data.refused_rows import encode_usable
 from petl.data.streaming import StreamedRows
 from petl.system.values import check_rules, field, integer, read_fields
 from petl.training.dataloader import Batch, Collate, Splits
@@ -94,6 +95,8 @@ def calibration_batches(
         return CalibrationBatches(own, splits.collate, settings, splits.task.label_columns)
     other = read_data(settings.data)
     processor = load_processor(model, other.task)
-    rows = other.task.encode(processor, as_dataset(other, settings.num_samples))
+    _, (rows,) = encode_usable(
+        other, processor, lambda data: [as_dataset(data, settings.num_samples)]
+    )
     collate = other.task.collate(processor, 1)  # no padding to multiples
     return CalibrationBatches(rows, collate, settings, other.task.label_columns)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from petl.core.types import Processor
-from petl.data.base import RawData, Stream
+from petl.data.base import RawData, Stream, as_dataset
 from petl.data.batch_sampler import (
     ENOUGH_STEPS,
     Buckets,
@@ -34,6 +34,7 @@ from petl.data.batch_sampler import (
     permutation,
 )
 from petl.data.overlap import Overlap, TrainingInputs
+from petl.data.refused_rows import encode_usable
 from petl.data.tasks import SET
 from petl.data.tasks.base import NON_INPUT_PREFIX, Row, Task
 from petl.data.tasks.classification import SingleLabelTask
@@ -187,13 +188,15 @@ def encode_splits(
         for choose in orders:  # which may refuse it
             choose(TrainingRows(task, settings, processor, data.train))
         return stream_splits(data, processor, settings, accelerator)
-    sources = numbered(data.test)
     with accelerator.main_process_first():  # the others then read its cache
-        train, test = task.encode(processor, data.train), task.encode(processor, sources)
+        data, (train, test) = encode_usable(
+            data, processor, lambda data: (as_dataset(data, 0), numbered(data.test))
+        )
+        raw, sources = as_dataset(data, 0), numbered(data.test)
         warn_about_truncation(task, processor, data.test, test)
     if data.sets:
-        train, test = in_sets(train, data.train), in_sets(test, sources)
-    inputs = TrainingInputs.of(task, data.train, data.near_duplicates)
+        train, test = in_sets(train, raw), in_sets(test, sources)
+    inputs = TrainingInputs.of(task, raw, data.near_duplicates)
     overlap = inputs.overlap(data.test) if inputs else None
     if overlap is not None and overlap.found:
         logger.warning("%s: the model may know them by heart", overlap)
@@ -269,9 +272,9 @@ def stream_splits(
     recent = settings.batch_size  # a step may read its first row again
     streamed = resolve_name("petl.data.streaming:StreamedRows")
     train = streamed(stream, task, processor, settings.seed, recent, held)
-    sources = numbered(data.test)
     with accelerator.main_process_first():
-        test = task.encode(processor, sources)
+        data, (test,) = encode_usable(data, processor, lambda data: [numbered(data.test)])
+        sources = numbered(data.test)
         warn_about_truncation(task, processor, data.test, test)
     warn_about_labels(task, {"test": test})
     collate = task.collate(processor, 1 if accelerator.device.type == "cpu" else 8)

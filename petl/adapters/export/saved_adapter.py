@@ -22,6 +22,7 @@ from petl.data.batch_sampler import chunks
 from petl.data.models.loading import load_base, loading
 from petl.data.models.saved_processor import load_saved_processor
 from petl.data.models.sources import has_tokenizer, packaged_as, read_source
+from petl.data.refused_rows import encode_usable
 from petl.data.tasks.base import Task
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
@@ -264,8 +265,12 @@ class SavedAdapter:
             if not self.task.label_columns:  # the model needs them as decoder inputs
                 batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
         else:
-            processor, test = self.processor, data.test.select(range(min(ROWS, len(data.test))))
-            rows, collate = self.task.encode(processor, test), self.task.collate(processor)
+            _, (rows,) = encode_usable(
+                data,
+                self.processor,
+                lambda data: [data.test.select(range(min(ROWS, len(data.test))))],
+            )
+            collate = self.task.collate(self.processor)
             # sorted by length, so that batches have little padding
             parts = chunks(longest_first(self.task.lengths(rows))[:ROWS], BATCH)
             batches = [collate(list(rows.select(part))) for part in parts]

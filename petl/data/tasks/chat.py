@@ -17,6 +17,7 @@ from petl.core.types import Arguments, CausalModel
 from petl.data.tasks import TOOLS, Message
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat_template import check_template, within_deadline
+from petl.data.validation import RefusedRow
 from petl.errors import InputError, first_line
 
 # keys of messages that a template must mention, since it would leave them out without an error
@@ -66,8 +67,9 @@ def encode_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[list
     generation prompt (which ends with the turn's header) to the end-of-turn token, inclusive.
 
     Raises:
-        InputError: there is no chat template, it refuses the conversation, takes too long, would
-            leave out a part of it, or renders a turn differently when more turns follow.
+        RefusedRow: the chat template refuses the conversation, would leave out a part of it, or
+            renders a turn differently when more turns follow.
+        InputError: there is no chat template, or it takes too long.
     """
     chat = unpacked(messages)
     template = checked_template(tokenizer, chat)
@@ -160,9 +162,9 @@ def prints(tokenizer: ChatTokenizer, chat: Chat, role: str) -> bool:
     return without != render(tokenizer, chat.turns, **chat.options)
 
 
-def lost_part(tokenizer: ChatTokenizer, what: str, turns: list[Message]) -> InputError:
+def lost_part(tokenizer: ChatTokenizer, what: str, turns: list[Message]) -> RefusedRow:
     """The error for a conversation with something that the template leaves out."""
-    return InputError(
+    return RefusedRow(
         f"{name_of(tokenizer)} leaves out {what}, which {excerpt(turns)} has: choose a model whose "
         "template prints them, or remove them from the data"
     )
@@ -185,7 +187,7 @@ def labels_from_prefixes(tokenizer: ChatTokenizer, chat: Chat) -> tuple[list[int
         if not is_learned:
             continue
         if i == 0:
-            raise InputError(
+            raise RefusedRow(
                 f"{excerpt(turns)} begins with an assistant turn: begin with a turn of the user "
                 "or the system"
             )
@@ -195,7 +197,7 @@ def labels_from_prefixes(tokenizer: ChatTokenizer, chat: Chat) -> tuple[list[int
         # both must be prefixes of the full text, else positions do not match
         for shorter, longer in pairwise((prompt, answered, ids)):
             if longer[: len(shorter)] != shorter:
-                raise InputError(
+                raise RefusedRow(
                     f"{name_of(tokenizer)} renders turn {i + 1} of "
                     f"{excerpt(turns)} differently when more turns follow, so its tokens "
                     "cannot be identified: use conversations of one answer, or a template with "
@@ -288,7 +290,7 @@ def render(
     """Render a conversation with the tokenizer's chat template, as token ids.
 
     Raises:
-        InputError: the template refuses the conversation, or fails.
+        RefusedRow: the template refuses the conversation, or fails.
     """
     try:
         rendered = tokenizer.apply_chat_template(
@@ -296,7 +298,7 @@ def render(
         )
     except Exception as error:  # a template can raise any: it divides by zero, calls itself, ...
         reason = first_line(error) or type(error).__name__
-        raise InputError(f"{name_of(tokenizer)} refuses {excerpt(messages)}: {reason}") from error
+        raise RefusedRow(f"{name_of(tokenizer)} refuses {excerpt(messages)}: {reason}") from error
     assert isinstance(rendered, BatchEncoding)
     return rendered.data
 

@@ -8,6 +8,7 @@ from petl.core.types import Record
 from petl.data.base import as_dataset, read_data
 from petl.data.batch_sampler import Ints, chunks, padding_fraction, permutation
 from petl.data.models.loading import load_processor
+from petl.data.refused_rows import encode_usable
 from petl.training.dataloader import buckets_of, row_lengths
 from petl.training.runs.settings import TrainConfig, read_train
 
@@ -22,7 +23,8 @@ def estimate(cfg: DictConfig) -> Record:
     """
     settings = read_train(cfg)
     data = read_data(cfg.data)
-    rows = data.task.encode(load_processor(cfg.model, data.task), as_dataset(data, STREAM_ROWS))
+    processor = load_processor(cfg.model, data.task)
+    _, (rows,) = encode_usable(data, processor, lambda data: [as_dataset(data, STREAM_ROWS)])
     return describe(row_lengths(data.task, rows), settings)
 
 

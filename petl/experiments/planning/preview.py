@@ -12,6 +12,7 @@ from petl.data.base import Stream, as_dataset, read_data
 from petl.data.learned import BRACKETS, PreviewSpan, pieces
 from petl.data.objectives import with_objective
 from petl.data.overlap import Overlap, TrainingInputs
+from petl.data.refused_rows import encode_usable
 from petl.errors import printable
 from petl.system.settings.schema import plain
 
@@ -81,8 +82,11 @@ def preview(cfg: DictConfig, examples: int = 3) -> Preview:
 
     data = read_data(with_objective(plain(cfg))["data"])
     task, processor = data.task, load_processor(cfg.model, data.task)
+    data, (train, test) = encode_usable(
+        data, processor, lambda data: (as_dataset(data, STREAM_ROWS), data.test)
+    )
     splits = {"train": as_dataset(data, STREAM_ROWS), "test": data.test}
-    encoded = {name: task.encode(processor, rows) for name, rows in splits.items()}
+    encoded = {"train": train, "test": test}
     # the statistics of a stream are those of its beginning
     limited = (
         f", the first {STREAM_ROWS} rows of the stream" if isinstance(data.train, Stream) else ""

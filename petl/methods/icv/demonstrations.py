@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petl.data.base import RawData, Row, Stream, as_dataset, read_data, read_from
 from petl.data.batch_sampler import permutation
+from petl.data.refused_rows import encode_usable
 from petl.data.tasks.base import Pad, pad_id
 from petl.data.tasks.chat import unpacked
 from petl.errors import InputError
@@ -136,13 +137,15 @@ def training_sources(data: RawData, run: RunConfig, splits: Splits) -> Dataset:
     rows, task = numbered(data.train), splits.task
     count = len(splits.known) + len(splits.validation or ())
     if len(rows) != count:  # some were dropped, or several packed into one
-        kept = task.encode(splits.processor, rows)
+        data, (kept,) = encode_usable(
+            data, splits.processor, lambda data: [numbered(as_dataset(data, 0))]
+        )
         if "_number" not in kept.column_names:
             raise InputError(
                 f"rows of data {data.name} are packed, so that none is a demonstration: set "
                 f"data.pack=false, or name other data in {GROUP}.data"
             )
-        rows = rows.select(kept["_number"])
+        rows = numbered(as_dataset(data, 0)).select(kept["_number"])
     return hold_out(rows, run.train.validation_fraction, task.group)[0]
 
 
