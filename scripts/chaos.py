@@ -6,6 +6,7 @@
     python scripts/chaos.py --job together     # runs that train in one pass
     python scripts/chaos.py --job draft        # petl draft, and the drafter that it writes
     python scripts/chaos.py --job serve        # petl serve, its clients and its adapters
+    python scripts/chaos.py --job files --faults 1000  # damaged bytes of files, in one process
 
 Each fault hits a process of training (MiniLM on a few WordNet examples, checkpoints every few
 steps) at a random moment; the same command then goes on, a run with another number of DataLoader
@@ -28,6 +29,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import psutil
 from chaos_serving import JOBS as OF_ANSWERS
@@ -39,6 +41,7 @@ from petl.training import program as app
 from petl.training.compose import compose
 from petl.training.runs.run_config import read_config
 
+FILES = "files"  # a job
 TRAIN = Path(__file__).parents[1] / "train.py"
 EVAL_STEPS = 10
 SETTINGS = [
@@ -97,6 +100,10 @@ def main() -> int:
     """Run the command; return its exit status."""
     command_line = parser()
     arguments = command_line.parse_args()
+    if arguments.job == FILES:
+        from chaos_files import try_files as damage  # of torch and the fixtures of tests
+
+        return damage(arguments.faults, arguments.seed)
     if arguments.job in OF_ANSWERS:
         return try_faults(arguments.job, arguments.faults, arguments.seed)
     if not kinds_of(arguments):
@@ -204,6 +211,13 @@ class Attempt:
                 line, stdout=log, stderr=log, start_new_session=True, env=environment(folder)
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_running:  # after an error, or Ctrl-C
+            self.kill()
+
     @property
     def is_running(self) -> bool:
         """True if the process has not ended."""
@@ -285,8 +299,15 @@ def kill_launcher(attempt: Attempt, draw: random.Random) -> None:
 
 def kill_saving(attempt: Attempt, draw: random.Random) -> None:
     """Kill -9 all while a checkpoint is being written."""
-    attempt.wait_until(lambda: any(attempt.folder.rglob("checkpoints/.unfinished-*")))
+    attempt.wait_until(lambda: is_saving(attempt.folder))
     attempt.kill()
+
+
+def is_saving(folder: Path) -> bool:
+    """Return True if a checkpoint is being written."""
+    # not rglob, which raises where a folder is removed meanwhile
+    inside = (names for where, names, _ in os.walk(folder) if Path(where).name == "checkpoints")
+    return any(name.startswith(".unfinished-") for names in inside for name in names)
 
 
 def kill_evaluating(attempt: Attempt, draw: random.Random) -> None:
@@ -398,18 +419,18 @@ def inject(
 
     None if the run was finished nevertheless.
     """
-    attempt = Attempt(folder, arguments, draw.choice(WORKERS))
-    if not attempt.trains():
-        attempt.finish()
-        return None
-    time.sleep(draw.uniform(0, arguments.within))
-    if not attempt.is_running:
-        return None
-    FAULTS[kind](attempt, draw)
-    if is_done(folder):
-        return None
-    if attempt.is_running:
-        raise RuntimeError(f"{kind} did not end the run, see {attempt.log}")
+    with Attempt(folder, arguments, draw.choice(WORKERS)) as attempt:
+        if not attempt.trains():
+            attempt.finish()
+            return None
+        time.sleep(draw.uniform(0, arguments.within))
+        if not attempt.is_running:
+            return None
+        FAULTS[kind](attempt, draw)
+        if is_done(folder):
+            return None
+        if attempt.is_running:
+            raise RuntimeError(f"{kind} did not end the run, see {attempt.log}")
     return sum(_lost(run) for run in runs_of(folder) if not is_finished(run))
 
 
@@ -438,7 +459,7 @@ def is_finished(run: Path) -> bool:
 
 def runs_of(folder: Path) -> list[Path]:
     """Return the folders of the runs of a job: its own, or those of a study."""
-    found = (file.parent for file in folder.rglob("metrics.jsonl"))
+    found = (Path(where) for where, _, names in os.walk(folder) if "metrics.jsonl" in names)
     return sorted(run for run in found if run.parent.name != "checkpoints")
 
 
@@ -536,7 +557,10 @@ def parser() -> argparse.ArgumentParser:
         "--processes", type=COUNT, default=1, metavar="N", help="of the run (1)"
     )
     command_line.add_argument(
-        "--job", choices=[*JOBS, *OF_ANSWERS], default="train", help="what is disturbed (train)"
+        "--job",
+        choices=[*JOBS, *OF_ANSWERS, FILES],
+        default="train",
+        help="what is disturbed (train)",
     )
     command_line.add_argument("--method", default="lora", metavar="NAME", help="method (lora)")
     command_line.add_argument("--seed", type=SEED, default=0, help="seed of the moments and files")
