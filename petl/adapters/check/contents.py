@@ -303,6 +303,50 @@ def incomplete(subject: Subject) -> Iterator[Found]:
         )
 
 
+TOWERS = re.compile(r"vis|image|audio|speech")  # whose blocks a config counts elsewhere
+
+
+def cut_off(subject: Subject) -> Iterator[Found]:
+    """Blocks without a tensor that the config names, or that the base has above the others."""
+    stacks: dict[str, set[int]] = defaultdict(set)
+    last: dict[str, list[str]] = defaultdict(list)  # what the modules of a block are called
+    for path in map(module_of, subject.pairs):
+        if (place := BLOCK.search(path)) and not TOWERS.search(path[: place.start(1)]):
+            stacks[path[: place.start(1)]].add(int(place[1]))
+            last[path[: place.start(1)]].append(path[place.end(1) :])
+    if len(stacks) > 1:
+        raise NotCheckedError(f"it adapts {len(stacks)} stacks of blocks")
+    for stack, having in stacks.items():
+        wanted = [block for block in _expected(subject, having) if block not in having]
+        names = dict.fromkeys(last[stack])
+        missing = [
+            b for b in wanted if any(_is_reached(subject, f"{stack}{b}{name}") for name in names)
+        ]
+        if missing:
+            what = f"{len(missing)} blocks have no tensor, and the config's targets are in them"
+            yield Found(f"{what}: {', '.join(map(str, missing[:8]))}", WEIGHTS)
+
+
+def _expected(subject: Subject, having: set[int]) -> Iterable[int]:
+    """The blocks that must have tensors: those of the config, else all above `having`."""
+    given = subject.config.get("layers_to_transform")
+    if given is not None:
+        return [given] if isinstance(given, int) else given
+    blocks = sorted(having)
+    steps = {b - a for a, b in pairwise(blocks)} or {1}
+    count = subject.blocks_of_base
+    if len(steps) > 1 and blocks[-1] < count - 1:
+        raise NotCheckedError(f"blocks {blocks} are in no regular steps")
+    return range(blocks[-1], count, steps.pop())
+
+
+def _is_reached(subject: Subject, path: str) -> bool:
+    excluded = subject.config.get("exclude_modules") or ()
+    if isinstance(excluded, str):
+        raise NotCheckedError(f"exclude_modules={shown(excluded)} is a pattern")
+    return is_target(subject, path) and not any(f".{path}".endswith(f".{n}") for n in excluded)
+
+
 def _in_steps(blocks: Iterable[int]) -> bool:
     steps = [b - a for a, b in pairwise(sorted(blocks))]
     return len(steps) > 1 and len({*steps}) == 1 and steps[0] > 1

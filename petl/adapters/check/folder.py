@@ -51,6 +51,10 @@ class BaseConfig(TypedDict, total=False):
 
     vocab_size: int
     num_hidden_layers: int
+    n_layer: int  # the same in GPT-2, as the next in DistilBERT
+    n_layers: int
+    num_kv_shared_layers: int
+    is_encoder_decoder: bool
     tie_word_embeddings: bool
     eos_token_id: int | list[int]
 
@@ -229,6 +233,24 @@ class Subject:
         except ValueError as error:
             raise NotCheckedError(f"{file} cannot be used: {error}") from error
 
+    @property
+    def blocks_of_base(self) -> int:
+        """The number of blocks of the base, of which all are alike.
+
+        Raises:
+            NotCheckedError: it is not known.
+        """
+        way = f"petl check {self.name} --base FOLDER compares them"
+        try:
+            config = self.of_base
+        except NotCheckedError as reason:
+            raise NotCheckedError(f"how many blocks there are: {reason}; {way}") from reason
+        counts = [config.get("num_hidden_layers"), config.get("n_layer"), config.get("n_layers")]
+        count = next(filter(None, counts), None)
+        if count is None or config.get("is_encoder_decoder") or config.get("num_kv_shared_layers"):
+            raise NotCheckedError(f"how many blocks have the targets: its config differs; {way}")
+        return count
+
     def generation(self) -> dict[str, Any] | None:
         """Return the generation config: the adapter's, or else the base's; None: neither."""
         if self.has("generation_config.json"):
@@ -301,8 +323,8 @@ class Subject:
         ranks = {factor.shape[0] for factor in factors if factor.shape} or {self.config["r"]}
         span = f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
         try:
-            of_all = f" of {self.of_base['num_hidden_layers']}"
-        except (NotCheckedError, KeyError):
+            of_all = f" of {self.blocks_of_base}"
+        except NotCheckedError:
             of_all = ""
         return f"{name} r {span}, {len(blocks)} blocks{of_all}"
 

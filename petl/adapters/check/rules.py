@@ -51,6 +51,7 @@ RULES = (
     Rule("keys.pairs", ERROR, contents.unpaired, SAVE),
     Rule("keys.ranks", ERROR, contents.ranks, FIT),
     Rule("keys.blocks", ERROR, contents.incomplete, SAVE),
+    Rule("keys.end", ERROR, contents.cut_off, f"{SAVE}, or name its blocks in layers_to_transform"),
     Rule("dead.all", ERROR, contents.without_effect, TRAIN),
     Rule("dead.some", ERROR, contents.untrained, TRAIN),
     Rule("dead.finite", ERROR, contents.not_finite, "go back to an earlier checkpoint"),

@@ -170,6 +170,22 @@ def newer(folder: Path) -> None:
     os.utime(folder / "checkpoint-3" / WEIGHTS, (2e9, 2e9))
 
 
+def of_blocks(folder: Path, **counts) -> None:
+    """Write a config of the base there, which says how many blocks it has."""
+    (folder / "base").mkdir(exist_ok=True)
+    (folder / "base" / "config.json").write_text(json.dumps(counts))
+
+
+def cut_off(**counts):
+    """The last of three blocks has no tensor, and something says that it is there."""
+
+    def damage(folder: Path) -> None:
+        tensors(lambda found: {k: v for k, v in found.items() if "layers.2." not in k})(folder)
+        config(**counts)(folder) if "layers_to_transform" in counts else of_blocks(folder, **counts)
+
+    return damage
+
+
 BLOCK_1 = "layers.1.self_attn.v_proj.lora"
 SICK = {
     "unknown method": ("format.type", config(peft_type="LORAX")),
@@ -213,6 +229,10 @@ SICK = {
         "keys.blocks",
         tensors(lambda found: {k: v for k, v in found.items() if BLOCK_1 not in k}),
     ),
+    "cut off": ("keys.end", cut_off(num_hidden_layers=3)),
+    "cut off, as GPT-2 counts": ("keys.end", cut_off(n_layer=3)),
+    "cut off, in a part for text": ("keys.end", cut_off(text_config={"num_hidden_layers": 3})),
+    "cut off, with named blocks": ("keys.end", cut_off(layers_to_transform=[0, 1, 2])),
     "no effect": ("dead.all", each("lora_B", torch.zeros_like)),
     "one layer dead": ("dead.some", each(f"{BLOCK_1}_B", torch.zeros_like)),
     "nan": ("dead.finite", each(f"{BLOCK_1}_A", nan)),
@@ -251,6 +271,40 @@ def test_a_sick_folder_is_found_by_its_class(case, tmp_path):
     assert found[wanted].severity != "note"
     assert found[wanted].what
     assert found[wanted].remedy
+
+
+@pytest.mark.parametrize("layout", ["peft", "petl"])
+@pytest.mark.parametrize("name", folders.CONFIGS)
+def test_all_blocks_of_a_base_of_known_size_are_there(name, layout, tmp_path):
+    folder = shutil.copytree(folders.healthy(name, layout), tmp_path / "adapter")
+    of_blocks(folder, num_hidden_layers=3, hidden_size=32)
+    assert petl.check(folder).ok
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"exclude_modules": ["layers.2.self_attn.q_proj", "layers.2.self_attn.v_proj"]},
+        {"target_modules": r".*layers\.[01]\..*(q|v)_proj"},
+        {"layers_to_transform": [0, 1]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_upper_blocks_that_the_config_leaves_out_are_not_missed(changes, tmp_path):
+    folder = shutil.copytree(folders.healthy("lora", "llama-factory"), tmp_path / "adapter")
+    cut_off(num_hidden_layers=3)(folder)
+    assert "keys.end" in ids(folder)
+    config(**changes)(folder)
+    assert "keys.end" not in ids(folder)
+
+
+@pytest.mark.parametrize("counts", [None, {"num_hidden_layers": 3, "is_encoder_decoder": True}])
+def test_where_nothing_tells_the_number_of_blocks_a_command_does(counts, tmp_path):
+    folder = shutil.copytree(folders.healthy("lora", "peft"), tmp_path / "adapter")
+    if counts:
+        of_blocks(folder, **counts)
+    reason = dict(petl.check(folder).not_checked)["keys.end"]
+    assert f"petl check {folder} --base" in reason
 
 
 def test_notes_do_not_count(tmp_path):
