@@ -120,10 +120,12 @@ def without_noise() -> Generator[None]:
 
     PEFT reads `is_gradient_checkpointing`, which is deprecated in transformers, and without a GPU
     its BOFT warns that the CUDA kernel is missing. It applies a rank to stacked experts, and says
-    that it does not.
+    that it does not. Of `exclude_modules` that match nothing petl warns before, where a user gives
+    them; those of a saved adapter may be of modules that only the complete base has.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "You have passed exclude_modules=")
         warnings.filterwarnings(
             "ignore", r"(?s).*_pattern keys .*\.(gate_up|up|down)_proj'\]", RuntimeWarning
         )

@@ -1,16 +1,17 @@
 """The model that a run trains: base with adapter, checked, in training mode."""
 
 import logging
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from petl.core.compat import SEQ_CLS_HEAD_NAMES
+from petl.core.compat import SEQ_CLS_HEAD_NAMES, check_target_module_exists
 from petl.core.registry import (
     attach,
     build_config,
@@ -110,7 +111,27 @@ def wrap_for_run(base: PreTrainedModel, arguments: Arguments) -> PeftModel:
     model = wrap(base, **train_new_modules(arguments, base))
     # of a model of the Hub: the commit that was loaded, whatever its branch may be later
     model.active_peft_config.revision = getattr(base, "petl_commit", None)
+    exclude_removed(model.active_peft_config, getattr(base, "petl_removed_modules", ()))
     return model
+
+
+def exclude_removed(config: PeftConfig, removed: Sequence[str]) -> None:
+    """Exclude the modules that the task has removed from the base, where a target names them.
+
+    The adapter then fits the base with and without them.
+    """
+    if not facts_of(config).target_modules:
+        return
+    # not before wrapping: patterns that match nothing are warned of
+    names = sorted(name for name in removed if check_target_module_exists(config, name))
+    excluded = facts_of(config).exclude_modules
+    if not names:
+        return
+    if isinstance(excluded, str):
+        chosen = "|".join([f"(?:{excluded})", *map(re.escape, names)])
+    else:
+        chosen = {*(excluded or ()), *names}
+    vars(config)["exclude_modules"] = chosen
 
 
 def wrap_arguments(setup: Setup) -> Arguments:

@@ -234,7 +234,7 @@ def load_base(
         # also a head that is not new: the base model may have one for these labels
         heads = {*new_modules(model), *outermost_modules(model, head_keys(model, task))}
         model = model if meta else with_adapter(model, source.adapter, task, heads)
-    task.adjust(model)
+    model.petl_removed_modules = removed_by(task, model)
     if task.reads_text:
         check_length(model, task, source.name)
         if not meta and processor is not False:
@@ -413,6 +413,14 @@ def new_modules(model: PreTrainedModel) -> list[str]:
     modules of the head, since no weight file is read.
     """
     return model.petl_new_modules  # ty: ignore[invalid-explicit-return]
+
+
+def removed_by(task: Task, model: PreTrainedModel) -> list[str]:
+    """Adjust a model to its task; return the names of modules that it has no longer."""
+    before = [name for name, _ in model.named_modules()]
+    task.adjust(model)
+    left = {name for name, _ in model.named_modules()}
+    return [name for name in before if name not in left]
 
 
 def outermost_modules(model: nn.Module, keys: set[str]) -> list[str]:
