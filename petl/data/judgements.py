@@ -28,7 +28,18 @@ class Judgements(NamedTuple):
     documents: Mapping[str, str]
 
     def rows(self) -> list[Row]:
-        """Rows to score: `text`, `role`, `id`, and `relevant`, the grades as JSON text."""
+        """Rows to score: `text`, `role`, `id`, and `relevant`, the grades as JSON text.
+
+        Says so if no model can rank them wrongly.
+        """
+        counts = {sum(grade > 0 for grade in own.values()) for _, own in self.queries.values()}
+        if counts - {0} == {len(self.documents)}:
+            logger.warning(
+                "all documents are relevant for all %d test queries (documents: %d): any model "
+                "scores 1",
+                len(self.queries),
+                len(self.documents),
+            )
         asked = [
             {"text": text, "role": QUERY, "id": name, "relevant": json.dumps(grades)}
             for name, (text, grades) in self.queries.items()
@@ -81,20 +92,29 @@ def alike(
     return {key: by_label.get(label, {}) for key, label in queries}, documents
 
 
-def test_rows(train: Sequence[Row], test: Sequence[Row]) -> list[Row]:
+def test_rows(train: Sequence[Row], test: Sequence[Row], *, are_held_out: bool) -> list[Row]:
     """Rows to score, from test rows as a task trains on.
 
     Each positive is a document, and so is each document of a list, see `are_grades`; labelled
     texts are compared with the first `LABELLED` training rows.
+
+    Args:
+        are_held_out: True if the test rows are some of those to train on: the documents of the
+            others are searched as well, as in use, and those of the same queries are relevant.
     """
     if "label" in test[0]:
         first = [(row["text"], row["label"]) for row in train[:LABELLED]]
         queries, documents = alike([(row["text"], row["label"]) for row in test], first)
     else:
-        given = are_grades(row["scores"] for row in test if "scores" in row)
+        held = {row["query"] for row in test}
+        same = [row for row in train if row["query"] in held] if are_held_out else []
         # of test rows only the positives are documents
-        own = ({name: row[name] for name in row if name != "negatives"} for row in test)
+        own = [{n: row[n] for n in row if n != "negatives"} for row in (*test, *same)]
+        given = are_grades(row["scores"] for row in own if "scores" in row)
         queries, documents = judged(graded(own, are_grades=given))
+        for row in train if are_held_out else ():
+            for text in row.get("documents") or [row["positive"]]:
+                documents.setdefault(text, f"d{len(documents)}")
     numbered = {f"q{i}": entry for i, entry in enumerate(queries.items())}
     return Judgements(numbered, {name: text for text, name in documents.items()}).rows()
 
@@ -181,9 +201,18 @@ def graded(
 
 
 def without_queries(train: Sequence[Row], asked: Iterable[str | None]) -> list[Row]:
-    """The training rows whose query is none of these; says how many others there are."""
+    """The training rows whose query is none of these; says how many others there are.
+
+    Raises:
+        InputError: none is left.
+    """
     known = set(asked)
     left = [row for row in train if row.get("query") not in known]
+    if not left and len({row["query"] for row in train}) == 1:
+        raise InputError(
+            f"all {len(train)} training rows have one query, which the test rows have too: nothing "
+            "tells documents apart, and none is left to train on; give rows of several queries"
+        )
     if len(left) < len(train):
         logger.warning(
             "%d of %d training rows have a query of the test rows, and are left out",

@@ -1,6 +1,7 @@
 """Columns of retrieval and reranking: pairs, triples, scored pairs, lists, labels; test sets."""
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pkgutil import resolve_name
@@ -33,6 +34,7 @@ FIELDS = (
 )
 TEST_SET = ("corpus", "queries", "qrels")
 RENAMED = ("query", "positive", "negatives", "text", "label")  # by settings
+NEGATIVES = re.compile(r"negatives?|negative_\d+")  # columns of negatives, as tools write them
 
 
 class Shape(NamedTuple):
@@ -96,7 +98,9 @@ class RetrievalColumns(TaskColumns):
                 columns = {each: self.named(each, found) for each in shape.columns}
                 wanted.append(f"{', '.join(columns.values())} ({' or '.join(shape.losses)})")
                 if {*columns.values()} <= {*found}:
-                    return self.of_shape(name, columns, origin)
+                    own = self.of_shape(name, columns, origin)
+                    more = self.negatives(found) if "negatives" in columns else ()
+                    return list(dict.fromkeys([*own, *more]))
         # no shape has this loss
         if not wanted:
             losses = dict.fromkeys(name for shape in self.shapes.values() for name in shape.losses)
@@ -112,15 +116,29 @@ class RetrievalColumns(TaskColumns):
         )
 
     def hint(self, present: Sequence[str]) -> str:
-        """The end of the message about rows of no shape; "" if there is nothing to add."""
-        return ""
+        """The end of the message about rows of no shape: how they get one."""
+        losses, own = self.shapes["triples"].losses, ("query", "positive")
+        are_pairs = all(self.named(each, present) in present for each in own)
+        if are_pairs and self.settings.loss in (None, *losses):
+            return ".\nPairs have no negatives: petl mine finds some with an embedder"
+        names = [f"data.{name}" for name in RENAMED if name in self.own_settings]
+        return f".\n{', '.join(names)} name columns that are called otherwise"
 
     def named(self, column: str, present: Sequence[str]) -> str:
         """The name that a column of a shape has in rows with these columns."""
-        given = getattr(self.settings, column, None)
-        if column == "negatives" and given is None:
-            return "negative" if "negative" in present else column
-        return given if given is not None and column in RENAMED else column
+        if column == "negatives":
+            return self.negatives(present)[0]
+        given = getattr(self.settings, column, None) if column in RENAMED else None
+        if column == "query" and given is None and column not in present:
+            return "anchor" if "anchor" in present else column
+        return column if given is None else given
+
+    def negatives(self, present: Iterable[str]) -> list[str]:
+        """The columns of negatives in rows with these columns, those with a number in its order."""
+        if self.settings.negatives is not None:
+            return [self.settings.negatives]
+        found = [name for name in present if NEGATIVES.fullmatch(name)]
+        return sorted(found, key=lambda name: (len(name), name)) or ["negatives"]
 
     def of_shape(self, name: str, columns: dict[str, str], origin: str) -> list[str]:
         """Take rows to have a shape; return their columns.
@@ -148,10 +166,16 @@ class RetrievalColumns(TaskColumns):
             "documents": texts,
             "scores": items(number),
             "score": number,
-            "negatives": texts_or_none,
+            "label": self.number_of,
         }
-        parsers["label"] = self.number_of
-        found: Row = {n: read(row, own, parsers.get(n, text)) for n, own in self.columns.items()}
+        found: Row = {
+            name: read(row, own, parsers.get(name, text))
+            for name, own in self.columns.items()
+            if name != "negatives"
+        }
+        if "negatives" in self.columns:
+            lists = (read(row, name, texts_or_none) for name in self.negatives(row))
+            found["negatives"] = [each for several in lists for each in several]
         if "scores" in found and len(found["documents"]) != len(found["scores"]):
             raise ValueError(
                 f"documents has {len(found['documents'])} texts, and scores "
@@ -183,19 +207,24 @@ class RetrievalColumns(TaskColumns):
         scored = self.to_score(train, test)
         asked = (row.get("query", row.get("text")) for row in scored if row.get("role") != DOCUMENT)
         train = without_queries(train, asked) if "query" in train[0] else train
-        # often a slip of columns, and for a loss of cosines a row without gradient
+        # often a slip of columns
         same = sum(row["query"] == row["positive"] for row in train if "positive" in row)
         if same:
             logger.warning(
-                "%d of %d training rows have their query as positive: nothing is learned from them",
+                "%d of %d training rows have their query as positive, which shows no answer: check "
+                "that %s and %s are the columns that you mean (data.query, data.positive)",
                 same,
                 len(train),
+                self.columns["query"],
+                self.columns["positive"],
             )
         return train, scored
 
     def to_score(self, train: Sequence[Row], test: Sequence[Row]) -> list[Row]:
         """Rows to score, of the test set or of test rows as a task trains on."""
-        return self.test_set().rows() if self.has_test_set else test_rows(train, test)
+        if self.has_test_set:
+            return self.test_set().rows()
+        return test_rows(train, test, are_held_out=self.settings.test is None)
 
     def test_set(self) -> Judgements:
         """Read `data.corpus`, `data.queries` and `data.qrels`."""
@@ -229,12 +258,6 @@ class RerankingColumns(RetrievalColumns):
         # the settings are of the training rows: other files may have the usual names
         self.columns = {n: own if own is not None and own in found else n for n, own in both}
         return require([*self.columns.values()], found, origin)
-
-    def hint(self, present: Sequence[str]) -> str:
-        """How pairs get negatives."""
-        if self.named("positive", present) not in present:
-            return ""
-        return ".\nPairs have no negatives: petl mine finds some with an embedder"
 
     def task(self, rows: AnySourceRows) -> "Callable[[], Task]":
         """Build the task with the loss of the rows' shape."""

@@ -123,6 +123,55 @@ def test_without_test_rows_some_queries_are_held_out(read):
     assert not held & set(data.train["query"])
 
 
+def test_held_out_queries_are_searched_among_the_positives_of_all_rows(read):
+    rows = [{**row, "negatives": [f"n{i}"]} for i, row in enumerate(PAIRS)]
+    documents = scored(read(rows, test_share=0.25), "document")
+    assert sorted(documents.values()) == ["d0", "d1", "d2", "d3"]
+    lists = [
+        {"query": f"q{i}", "documents": [f"d{i}", f"e{i}"], "scores": [1, 0]} for i in range(8)
+    ]
+    assert len(scored(read(lists, test_share=0.25), "document")) == 16
+    # those of a test file are its own
+    assert len(scored(read(rows[:4], rows[4:6]), "document")) == 1
+
+
+def test_all_positives_of_a_held_out_query_are_relevant(read):
+    rows = [{"query": "one" if i else "other", "positive": f"d{i}"} for i in range(8)]
+    data = read(rows, test_share=0.6)
+    documents = scored(data, "document")
+    grades = {row["text"]: json.loads(row["relevant"]) for row in data.test}
+    assert {documents[name] for name in grades["one"]} == {f"d{i}" for i in range(1, 8)}
+
+
+def test_queries_of_which_every_document_is_relevant_are_warned_of(read, caplog):
+    read(PAIRS, test_share=0.25)
+    assert "any model scores 1" not in caplog.text
+    read([{**row, "positive": "d"} for row in PAIRS], test_share=0.25)
+    assert "relevant for all 2 test queries (documents: 1)" in caplog.text
+
+
+def test_rows_of_one_query_are_told_as_such(read):
+    with pytest.raises(InputError, match="all 6 training rows have one query"):
+        read([{**row, "query": "q"} for row in PAIRS], test_share=0.25)
+
+
+def test_negatives_in_columns_with_numbers_are_joined(read):
+    row = {"query": "q", "positive": "d", **{f"negative_{i}": f"n{i}" for i in (10, 1, 2)}}
+    fewer = {"query": "p", "positive": "e", "negative_1": "n1", "negative": "n"}
+    data = read([row, fewer], [{**row, "query": "r"}])
+    assert sorted(data.train["negatives"]) == [["n", "n1"], ["n1", "n2", "n10"]]
+    data = read([row], [{**row, "query": "r"}], task="reranking")
+    assert data.train["negatives"] == [["n1", "n2", "n10"]]
+    data = read([row], [{**row, "query": "r"}], negatives="negative_2")
+    assert data.train["negatives"] == [["n2"]]
+
+
+def test_the_first_text_may_be_called_anchor_as_in_sentence_transformers(read):
+    row = {"anchor": "q", "positive": "d", "negative": "n"}
+    data = read([row], [{**row, "anchor": "r"}])
+    assert data.train[0] == {"query": "q", "positive": "d", "negatives": ["n"]}
+
+
 def files(folder, corpus, queries, lines) -> dict[str, str]:
     (folder / "qrels.txt").write_text("\n".join(lines))
     return {
@@ -186,6 +235,8 @@ def test_judgements_that_do_not_fit_are_refused(read, tmp_path, corpus, line, wo
         (PAIRS[0], {"loss": "ranknet"}, "data.loss=ranknet is none of .*: listwise, in_batch"),
         (PAIRS[0], {"pooling": "max"}, "pooling"),
         (PAIRS[0], {"generate": 5}, "data.generate=5 is for"),
+        (PAIRS[0], {"loss": "triplet"}, r"data.loss=triplet reads(.|\n)*petl mine"),
+        ({"q": "a", "d": "b"}, {}, r"columns q, d(.|\n)*data.query, data.positive.* name columns"),
     ],
 )
 def test_rows_and_settings_that_do_not_fit_are_refused(read, row, settings, words):
@@ -242,3 +293,4 @@ def test_rows_and_settings_that_do_not_fit_reranking_are_refused(read, row, sett
 def test_positives_that_are_their_query_are_counted(read, caplog):
     read([*PAIRS, {"query": "d0", "positive": "d0"}], [{"query": "x", "positive": "y"}])
     assert "1 of 9 training rows have their query as positive" in caplog.text
+    assert "nothing is learned" not in caplog.text

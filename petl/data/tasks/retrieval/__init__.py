@@ -325,6 +325,8 @@ class Retrieval(TextTask):
                 )
         if kind.queries and len(np.unique(rows["_group"])) == 1:
             return f"all {len(rows)} training rows have one query: nothing tells documents apart"
+        if self.loss == "in_batch" and has_one_document(rows):
+            return f"all {len(rows)} training rows have one document: nothing tells documents apart"
         return ""
 
     def rows_to_score(self, rows: Sequence[Row]) -> Sequence[Row]:
@@ -339,7 +341,7 @@ class Retrieval(TextTask):
             raise InputError(
                 "labelled texts are compared with those of training: evaluate the run without files"
             )
-        return test_rows([], rows)
+        return test_rows([], rows, are_held_out=False)
 
     def scored_rows(self, train: Dataset, validation: Dataset) -> Dataset:
         """The held-out rows as queries, and as documents those of all rows, see `held_out`."""
@@ -424,6 +426,18 @@ class Retrieval(TextTask):
         found = Rankings.of(torch.from_numpy(np.stack(values)), table, self.similarity)
         for query in found.queries:
             yield rows[query.row]["_number"], query.described(texts.__getitem__)
+
+
+def has_one_document(rows: Dataset) -> bool:
+    """True if the texts of encoded rows behind the first of each, the query, are all equal."""
+    first = rows[0]
+    start, size = first["sizes"][:2]
+    document = first["input_ids"][start : start + size]
+    return all(
+        {*row["sizes"][1:]} == {size}
+        and row["input_ids"][row["sizes"][0] :] == document * (len(row["sizes"]) - 1)
+        for row in rows
+    )
 
 
 def batch_of(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:

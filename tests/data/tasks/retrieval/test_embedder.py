@@ -421,6 +421,12 @@ def less(name: str, **fields) -> list[dict]:
         ("in_batch", [{"query": q, "positive": d} for q, d in PAIRS], 1, "batch_size=1 leaves"),
         ("in_batch", less("in_batch", query="q"), 4, "all 6 training rows have one query"),
         (
+            "in_batch",
+            less("in_batch", positive="d", negatives=["d"]),
+            4,
+            "all 6 training rows have one document",
+        ),
+        (
             "triplet",
             [*ROWS["triplet"], *less("triplet", negatives=[])[:2]],
             4,
