@@ -8,10 +8,13 @@ SHOWN = 240  # characters of a text; its id tells where the rest is
 def retrieve(options: RetrieveOptions) -> None:
     """Print the nearest texts of each query, with their similarities."""
     from petl.experiments.reports.formatting import echo, print_table
-    from petl.generation.prediction.vectors import nearest, read_corpus
+    from petl.generation.prediction.vectors import load_embedder, nearest, read_corpus
 
     texts = read_corpus(options.corpus, options.column)
-    found = nearest(options.find(), texts, options.query, options.k, options.vectors)
+    predictor = load_embedder(
+        options.run, trust_remote_code=options.trust_remote_code, other_base=options.other_base
+    )
+    found = nearest(predictor, texts, options.query, options.k, options.vectors)
     for query, hits in zip(options.query, found, strict=True):
         echo(query)
         rows = [[f"{each.similarity:.3f}", each.id, on_a_line(each.text)] for each in hits]

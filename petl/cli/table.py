@@ -525,7 +525,7 @@ class PredictOptions(BatchOptions):
 
 
 @command("retrieve", "retrieve:retrieve")
-class RetrieveOptions(RunOptions):
+class RetrieveOptions(LoadOptions):
     """Find the texts that are nearest to queries, with a run of data.task=retrieval.
 
       petl retrieve runs/mine corpus.jsonl --query "to draw breath"
@@ -537,7 +537,7 @@ class RetrieveOptions(RunOptions):
     folder, the passages of its texts are searched (.md, .markdown, .txt), each with file and line.
     """
 
-    run: str = argument("folder of a run, or of an adapter", embedder)
+    run: str = argument(MODEL, embedder)
     corpus: str = argument(
         "csv, tsv, json, jsonl or parquet, or a folder of texts", table_or_folder, metavar="FILE"
     )

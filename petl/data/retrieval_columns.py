@@ -198,13 +198,15 @@ class RetrievalColumns(TaskColumns):
         """The shape of the rows."""
         return self.shape
 
-    def split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
+    def split(
+        self, train: list[Row], test: list[Row], *, are_held_out: bool
+    ) -> tuple[list[Row], list[Row]]:
         """Training rows without the queries of the test rows, and the rows to score."""
         if self.shape == "scored pairs":
             if self.has_test_set:
                 raise InputError(f"data.corpus={self.settings.corpus} is for rows with queries")
             return train, test
-        scored = self.to_score(train, test)
+        scored = self.to_score(train, test, are_held_out=are_held_out)
         asked = (row.get("query", row.get("text")) for row in scored if row.get("role") != DOCUMENT)
         train = without_queries(train, asked) if "query" in train[0] else train
         # often a slip of columns
@@ -220,11 +222,13 @@ class RetrievalColumns(TaskColumns):
             )
         return train, scored
 
-    def to_score(self, train: Sequence[Row], test: Sequence[Row]) -> list[Row]:
+    def to_score(
+        self, train: Sequence[Row], test: Sequence[Row], *, are_held_out: bool
+    ) -> list[Row]:
         """Rows to score, of the test set or of test rows as a task trains on."""
         if self.has_test_set:
             return self.test_set().rows()
-        return test_rows(train, test, are_held_out=self.settings.test is None)
+        return test_rows(train, test, are_held_out=are_held_out)
 
     def test_set(self) -> Judgements:
         """Read `data.corpus`, `data.queries` and `data.qrels`."""
@@ -285,7 +289,9 @@ class RerankingColumns(RetrievalColumns):
             )
         return found
 
-    def to_score(self, train: Sequence[Row], test: Sequence[Row]) -> list[Row]:
+    def to_score(
+        self, train: Sequence[Row], test: Sequence[Row], *, are_held_out: bool
+    ) -> list[Row]:
         """Pairs of the queries and the documents that are judged for them."""
         return candidate_rows(self.test_set() if self.has_test_set else test)
 

@@ -117,9 +117,10 @@ class Tabular(ColumnSettings, ABC):
     def assemble(self, train: SourceRows, test: SourceRows | None) -> RawData:
         """Check, shuffle and limit the rows; without `test` hold out `test_share` of `train`."""
         build, train, test, skipped = self.checked(train, test)
-        task = build()
+        task, are_held_out = build(), test is None
         train, test = self.divided(train, test, task)
-        to_train, to_score = self.task_columns.split(list(train.values), list(test.values))
+        rows = list(train.values), list(test.values)
+        to_train, to_score = self.task_columns.split(*rows, are_held_out=are_held_out)
         data = self.raw(task, self.split(to_train), self.split(to_score), skipped)
         return replace(data, origins=self.origins(train, test))
 

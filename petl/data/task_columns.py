@@ -206,8 +206,14 @@ class TaskColumns(ABC):
                 return f"{hint} Name the column with data.{setting}=NAME{example}"
         return hint.removesuffix(".")
 
-    def split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
-        """Return the rows to train on and those to score, from converted rows."""
+    def split(
+        self, train: list[Row], test: list[Row], *, are_held_out: bool
+    ) -> tuple[list[Row], list[Row]]:
+        """Return the rows to train on and those to score, from converted rows.
+
+        Args:
+            are_held_out: True if the test rows were taken from those to train on.
+        """
         return train, test
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
@@ -40,12 +41,15 @@ class Difference:
         same: fraction of the examples (of a language model: tokens) with the same highest logit.
         effect: as `relative`, between the adapted model and the model without its adapter layers
             (trained heads kept); `relative` has to be small compared with it.
+        cosine: largest difference of the cosine of two examples, whose outputs are vectors; None:
+            they are logits.
     """
 
     relative: float
     largest: float
     same: float
     effect: float
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,34 @@ class OutputFolder:
 # Comparing
 
 
+class BatchOutputs(list[Tensor]):
+    """The outputs of batches in float32.
+
+    Attributes:
+        are_vectors: True if they are vectors of texts, not logits.
+    """
+
+    are_vectors = False
+
+
 @torch.no_grad()
 def outputs(
     model: Callable[..., Outputs], batches: Iterable[dict[str, Tensor]], of: str
-) -> list[Tensor]:
+) -> BatchOutputs:
     """Return the logits of each batch in float32, without padding: classes on the last axis.
 
-    Of a model without head, the mean over the tokens.
+    Of a model without head, the vectors of texts: its own, or the mean over the tokens.
 
     Args:
         of: which model, for the display of the progress.
     """
-    return [_logits(model(**batch), batch) for batch in ProgressItems(batches, f"outputs of {of}")]
+    found = BatchOutputs()
+    for batch in ProgressItems(batches, f"outputs of {of}"):
+        output = model(**batch)
+        is_headless = "logits" not in output and "start_logits" not in output
+        found.are_vectors = is_headless or "sentence_embedding" in output
+        found.append(_logits(output, batch))
+    return found
 
 
 def _logits(output: Outputs, batch: dict[str, Tensor]) -> Tensor:
@@ -120,7 +140,7 @@ def mean_pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 def adapted_outputs(
     model: PeftModel, batches: list[dict[str, Tensor]]
-) -> tuple[list[Tensor], float]:
+) -> tuple[BatchOutputs, float]:
     """Return the logits of the adapted model, and the relative norm of the adapter's effect."""
     adapted = outputs(model, batches, "the adapted model")
     # adapters of PEFT and of petl derive from this class
@@ -133,13 +153,23 @@ def adapted_outputs(
     return adapted, _relative_distance(adapted, without)
 
 
-def compare(expected: list[Tensor], actual: list[Tensor], effect: float) -> Difference:
+def compare(expected: BatchOutputs, actual: BatchOutputs, effect: float) -> Difference:
     """Compare the outputs of two models; `effect` is that of `adapted_outputs`."""
     pairs = list(zip(expected, actual, strict=True))
     largest = max(float((e - a).abs().max()) for e, a in pairs)
     same = torch.cat([(e.argmax(-1) == a.argmax(-1)).flatten() for e, a in pairs])
     relative = _relative_distance(expected, actual)
-    return Difference(relative, largest, float(same.float().mean()), effect)
+    cosine = None
+    if expected.are_vectors:
+        one, other = (cosines(torch.cat(each)) for each in (expected, actual))
+        cosine = float((one - other).abs().max())
+    return Difference(relative, largest, float(same.float().mean()), effect, cosine)
+
+
+def cosines(vectors: Tensor) -> Tensor:
+    """The cosines of all pairs of vectors, [N, N] from [N, D]."""
+    unit = F.normalize(vectors, dim=-1)
+    return unit @ unit.T
 
 
 def _relative_distance(expected: list[Tensor], actual: list[Tensor]) -> float:
@@ -176,7 +206,7 @@ class Reference:
     """
 
     batches: list[dict[str, Tensor]]
-    outputs: list[Tensor]
+    outputs: BatchOutputs
     effect: float
     dtype: torch.dtype
 

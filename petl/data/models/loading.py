@@ -234,7 +234,7 @@ def load_base(
         # also a head that is not new: the base model may have one for these labels
         heads = {*new_modules(model), *outermost_modules(model, head_keys(model, task))}
         model = model if meta else with_adapter(model, source.adapter, task, heads)
-    model.petl_removed_modules = removed_by(task, model)
+    vars(model)["petl_removed_modules"] = removed_by(task, model)
     if task.reads_text:
         check_length(model, task, source.name)
         if not meta and processor is not False:

@@ -98,8 +98,10 @@ def rows_of(source: Source) -> Rows | None:
         return None
     _, train, test, _ = source.checked(*source.loaded(file_names("data.train", source.train)))
     task: Shows = Inputs()
+    are_held_out = test is None
     train, test = source.divided(train, test, task)
-    to_train, to_score = columns.split([*train.values], [*test.values])
+    rows = [*train.values], [*test.values]
+    to_train, to_score = columns.split(*rows, are_held_out=are_held_out)
     classes = getattr(columns, "each", None) or [*getattr(columns, "number", ())]
     return Rows(
         classes,

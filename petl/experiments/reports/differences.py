@@ -17,7 +17,10 @@ def print_difference(difference: Difference) -> None:
     """Print how outputs compare with those of the adapted model."""
     echo(f"outputs differ by {difference.relative:.1e} of their norm,", end=" ")
     echo(f"{difference.largest:.1e} at most;", end=" ")
-    echo(f"{100 * difference.same:.1f} % have the same highest logit")
+    if difference.cosine is None:
+        echo(f"{100 * difference.same:.1f} % have the same highest logit")
+    else:
+        echo(f"the cosines of texts by {difference.cosine:.1e}")
     echo(f"for comparison: the adapter itself changes them by {difference.effect:.1e}")
     if difference.effect < NOTHING:
         echo("WARNING: the adapter has no effect: was it trained, and are these its files?")

@@ -61,6 +61,8 @@ def embed(
 
         petl.embed("runs/mine", ["what is a verb"], as_="query")
 
+    An empty text has the vector of the tokens that the tokenizer adds to each text.
+
     Args:
         run_or_model: folder of a run or adapter of `data.task=retrieval`, or of a model, such as a
             merged one; a `petl.Predictor` of one; or a model, whose pooling is that of its task, or
@@ -70,7 +72,8 @@ def embed(
         batch_size: texts of a batch, which has texts of similar length.
 
     Raises:
-        InputError: there is no such run, it is of another task, or an argument is wrong.
+        InputError: there is no such run, it is of another task, an argument is wrong, or a text is
+            empty and the tokenizer adds no tokens.
     """
     if as_ not in ROLES:
         raise InputError(f"as_={as_!r} is neither {QUERY!r} nor {DOCUMENT!r}")
@@ -78,14 +81,18 @@ def embed(
         raise InputError(
             f"texts={shown(texts)} and batch_size={batch_size}: give a list of texts, and 1 or more"
         )
+    texts = [*texts]
+    wrong = next((each for each in texts if not isinstance(each, str)), None)
+    if wrong is not None:
+        raise InputError(f"texts has {shown(wrong)}, which is no text: give a list of texts")
     if isinstance(run_or_model, nn.Module):
         if tokenizer is None:
             raise InputError("tokenizer=None, but a model was given: give its tokenizer as well")
         task = getattr(base_of(run_or_model), "petl_task", None) or Retrieval(max_length=512)
-        return vectors(run_or_model, task, tokenizer, [*texts], as_, batch_size)
+        return vectors(run_or_model, task, tokenizer, texts, as_, batch_size)
     is_loaded = isinstance(run_or_model, Predictor)
     predictor = run_or_model if is_loaded else load_embedder(run_or_model)
-    return vectors_of(predictor, [*texts], as_, batch_size)
+    return vectors_of(predictor, texts, as_, batch_size)
 
 
 def load_embedder(
@@ -369,7 +376,7 @@ def read_corpus(name: str, column: str | None = None) -> list[tuple[str, str]]:
 
 
 def nearest(
-    saved: SavedAdapter,
+    predictor: Predictor,
     corpus: Sequence[tuple[str, str]],
     queries: Sequence[str],
     k: int,
@@ -384,7 +391,6 @@ def nearest(
     Raises:
         InputError: the run is of another task, or the vectors are not those of the corpus.
     """
-    predictor = Predictor.of(saved)
     asked = vectors_of(predictor, queries, QUERY, predictor.batch_size)
     if file is None:
         texts = [text for _, text in corpus]

@@ -244,17 +244,20 @@ class ScoringService:
         if len(query) > (most := MAX_CHARACTERS * task.max_length):
             message = f"the query has {len(query):,} characters with few tokens"
             raise ApiError(f"{message}; allowed are {most:,}: shorten its blanks", param="query")
-        order = sorted(range(len(texts)), key=lambda i: len(read[i]))
+        # equal documents once: in another batch their scores differ by rounding
+        once = list(dict.fromkeys(read))
+        order = sorted(range(len(once)), key=lambda i: len(once[i]))
         parts = chunks(order, self.engine.max_batch)
-        pairs = [[{"query": query, "document": read[i]} for i in part] for part in parts]
+        pairs = [[{"query": query, "document": once[i]} for i in part] for part in parts]
         work = [partial(scores_of, predictor, part) for part in pairs]
 
         def reply(found: list[tuple[list[float], int]]) -> Json:
             # in the order of the parts, which are by length
             flat = [score for scores, _ in found for score in scores]
-            scores = dict(zip(order, flat, strict=True))
+            by_text = {once[i]: score for i, score in zip(order, flat, strict=True)}
+            scores = [by_text[each] for each in read]
             # the best first, and of equal ones the one that was given first
-            ranked = sorted(scores, key=lambda i: (-scores[i], i))[: body.top_n]
+            ranked = sorted(range(len(read)), key=lambda i: (-scores[i], i))[: body.top_n]
             results = [
                 {
                     "index": i,
@@ -311,6 +314,10 @@ def tokens_of(predictor: Predictor, body: EmbeddingRequest) -> list[list[int]]:
     task, tokenizer = predictor.task, predictor.processor
     assert isinstance(task, Retrieval), "others are refused before"
     if isinstance(body.inputs[0], str):
+        blank = next((i for i, text in enumerate(body.inputs) if not str(text).strip()), None)
+        if blank is not None:
+            message = f"input has {body.inputs[blank]!r} at place {blank}: give texts with words"
+            raise ApiError(message, param="input")
         prefix = task.query_prefix if body.input_type == QUERY else task.document_prefix
         try:
             texts = [readable(predictor, f"{prefix or ''}{text}") for text in body.inputs]

@@ -32,6 +32,7 @@ from petl.core.adapter_folder import Folder
 from petl.data.models.loading import load_base
 from petl.data.tasks.causal_lm import CausalLM
 from petl.errors import InputError, RunStopped, UnsupportedError
+from petl.experiments.reports.differences import print_difference
 
 pytest_plugins = ["export_fixtures", "media_fixtures", "training_fixtures"]
 pytestmark = pytest.mark.usefixtures("pair_method")
@@ -160,6 +161,24 @@ def test_padding_counts_as_no_token_with_the_same_highest_logit():
     assert compare(given, other, 0.0).same == 0
     assert compare(given, given, 0.0).same == 1
     assert compare(given, other, 0.0).relative == 2  # |x - (-x)| / |x|
+
+
+@pytest.mark.parametrize("name", ["sentence_embedding", "last_hidden_state"])
+def test_of_vectors_the_cosines_are_compared(name, capsys):
+    def found(*rows):
+        vectors = torch.tensor(rows)
+        states = vectors if name == "sentence_embedding" else vectors[:, None]
+        mask = torch.ones(len(rows), 1)
+        return outputs(lambda **_: {name: states}, [{"attention_mask": mask}], "a model")
+
+    given, longer = found([2.0, 0.0], [0.0, 1.0]), found([3.0, 0.0], [0.0, 3.0])
+    turned = found([1.0, 0.0], [3.0, 4.0])
+    assert compare(given, longer, 0.0).cosine == 0
+    assert compare(given, turned, 0.0).cosine == pytest.approx(0.6)
+    print_difference(compare(given, turned, 0.5))
+    shown = capsys.readouterr().out
+    assert "cosines of texts by 6.0e-01" in shown
+    assert "logit" not in shown
 
 
 @pytest.mark.thorough

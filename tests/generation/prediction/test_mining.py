@@ -126,6 +126,18 @@ def test_vectors_of_a_file_and_a_merged_model_have_the_same_negatives(run, words
     )
 
 
+@pytest.mark.thorough
+def test_a_merged_folder_is_searched_as_its_run_is(run, words, tmp_path, capsys):
+    merge(find(run.path), tmp_path / "merged", None)
+    capsys.readouterr()
+    shown = []
+    for folder in (run.path, tmp_path / "merged"):
+        assert main(["retrieve", str(folder), words[2], "--query", "green", "--k", "2"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert "green" in shown[0]
+    assert shown[1] == shown[0]
+
+
 def test_no_input_is_replaced_and_a_full_disk_is_named(words, tmp_path, capsys, monkeypatch):
     file = tmp_path / "vectors.parquet"
     file.write_bytes(b"x")

@@ -141,6 +141,7 @@ def test_files_with_positives_are_scored(run, tmp_path):
     [
         ("neither 'query'", (TEXTS,), {"as_": "text"}),
         ("give a list of texts", ("one",), {}),
+        ("texts has 1, which is no text", (["a", 1],), {}),
         ("tokenizer=None", (TEXTS,), {}),
     ],
 )
@@ -211,6 +212,7 @@ def test_files_of_vectors_and_the_search_in_them(run, tmp_path, capsys):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(map(json.dumps, rows)))
     saved, file = find(run.path), tmp_path / "vectors.npy"
+    predictor = Predictor.of(saved)
     write_vectors(saved, [str(corpus)], VectorFile(file))
     documents = np.load(file)
     np.testing.assert_allclose(documents, petl.embed(run.path, TEXTS), atol=1e-6)
@@ -219,7 +221,7 @@ def test_files_of_vectors_and_the_search_in_them(run, tmp_path, capsys):
     expected = np.argsort(-asked @ documents.T, axis=1)[:, :3]
     texts = read_corpus(str(corpus))
     for given in (None, file):
-        found = nearest(saved, texts, queries, 3, given)
+        found = nearest(predictor, texts, queries, 3, given)
         assert [[hit.id for hit in hits] for hits in found] == [
             [f"d{place}" for place in each] for each in expected
         ]
@@ -233,7 +235,7 @@ def test_files_of_vectors_and_the_search_in_them(run, tmp_path, capsys):
     write_vectors(saved, [str(corpus)], VectorFile(binary, dtype="binary"))
     assert np.array_equal(np.load(binary), np.packbits(documents > 0, axis=1))
     with pytest.raises(InputError, match=r"uint8 \[4, 4\], and the texts have float"):
-        nearest(saved, texts, queries, 3, binary)
+        nearest(predictor, texts, queries, 3, binary)
     with pytest.raises(InputError, match="for --dtype=int8, not float32"):
         write_vectors(saved, [str(corpus)], VectorFile(file, calibrate=str(corpus)))
 

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import itertools
 import threading
 
 import numpy as np
@@ -108,6 +109,22 @@ def test_documents_are_ranked_by_their_scores(api, folders, name):
     assert shown["usage"]["total_tokens"] > 0
 
 
+def test_equal_documents_have_one_score_and_their_order(api, monkeypatch):
+    scores = itertools.count()  # as rounding of batches may tell equal pairs apart
+
+    def scores_of(predictor, rows):
+        return [float(next(scores)) for _ in rows], len(rows)
+
+    monkeypatch.setattr("petl.generation.serving.scoring.scores_of", scores_of)
+    documents = ["cat", "the red dog", "cat", "a", "old bird", "cat"]
+    body = {"model": "reranker", "query": "the cat", "documents": documents}
+    found = api.post("/rerank", json=body).json()["results"]
+    assert sorted(each["index"] for each in found) == list(range(6))
+    same = [each for each in found if documents[each["index"]] == "cat"]
+    assert [each["index"] for each in same] == [0, 2, 5]
+    assert len({each["relevance_score"] for each in same}) == 1
+
+
 def test_documents_of_equal_probabilities_are_ranked_by_their_logits(api, service):
     body = {"model": "reranker", "query": "the cat", "documents": TEXTS}
     head = service.served["reranker"].model.get_base_model().classifier.modules_to_save["default"]
@@ -132,6 +149,8 @@ def test_documents_of_equal_probabilities_are_ranked_by_their_logits(api, servic
         ("/v1/embeddings", {"input": []}, 400, "input="),
         ("/v1/embeddings", {"input": ["a"] * 2049}, 400, "2,049 inputs in one request"),
         ("/v1/embeddings", {"input": [1, "a"]}, 400, "input"),
+        ("/v1/embeddings", {"input": ""}, 400, "input has '' at place 0"),
+        ("/v1/embeddings", {"input": ["a", " "]}, 400, "input has ' ' at place 1"),
         ("/v1/embeddings", {"input": [-1]}, 400, "input"),
         ("/v1/embeddings", {"input": [10**6]}, 400, "token 1000000"),
         ("/v1/embeddings", {"input": [5] * 40}, 400, "40 tokens; the model reads 32"),
