@@ -30,17 +30,17 @@ BUDGETS = {
     "ops": 3668,
     "core": 14865,
     "efficiency": 10180,
-    "data": 17570,
-    "training": 17460,
+    "data": 17655,
+    "training": 17480,
     "methods": 19900,
-    "adapters": 9290,
-    "generation": 8075,
-    "experiments": 8805,
-    "cli": 4805,
+    "adapters": 9320,
+    "generation": 8090,
+    "experiments": 8810,
+    "cli": 4808,
     "testing": 3175,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16535, "tests": 88700}
+OTHERS = {"scripts": 16535, "tests": 88795}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -526,7 +526,7 @@ class PredictOptions(BatchOptions):
 
 @command("retrieve", "retrieve:retrieve")
 class RetrieveOptions(LoadOptions):
-    """Find the texts that are nearest to queries, with a run of data.task=retrieval.
+    """Find the texts that are nearest to queries, with an embedder.
 
       petl retrieve runs/mine corpus.jsonl --query "to draw breath"
       petl retrieve runs/mine notes --query "where is the key"

@@ -121,7 +121,7 @@ class ColumnSettings(TextSource, ABC):
     # of retrieval: columns, and how texts become vectors, see `petl.data.tasks.retrieval`
     query: str | None = None
     positive: str | None = None
-    negatives: str | None = None  # of a text or a list; None: negative or negatives
+    negatives: str | None = None  # of a text or a list; None: negative, negatives, negative_1, ...
     loss: str | None = None  # None: the first that reads the columns of the rows
     pooling: str | None = field(
         None, POOLING
