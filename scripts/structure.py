@@ -30,7 +30,7 @@ BUDGETS = {
     "ops": 3668,
     "core": 14865,
     "efficiency": 10180,
-    "data": 17655,
+    "data": 17660,
     "training": 17480,
     "methods": 19900,
     "adapters": 9320,
