@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from petl.efficiency.fused_lora.switching import fuse_lora
     from petl.efficiency.recompute import recompute_mlp
     from petl.efficiency.segment_loss import segment_loss
-    from petl.efficiency.tokens import drop_tokens
+    from petl.efficiency.tokens import drop_tokens, train_predictors
     from petl.errors import InputError
     from petl.generation.prediction.library import evaluate, predict
     from petl.generation.prediction.predictor import Predictor
@@ -123,6 +123,7 @@ __all__ = [
     "retained",
     "segment_loss",
     "shrink",
+    "train_predictors",
     "train_together",
     "watch",
     "wrap",
@@ -154,7 +155,7 @@ _NAMES = {
     "petl.core.loading": ("load",),
     "petl.efficiency.recompute": ("recompute_mlp",),
     "petl.efficiency.segment_loss": ("segment_loss",),
-    "petl.efficiency.tokens": ("drop_tokens",),
+    "petl.efficiency.tokens": ("drop_tokens", "train_predictors"),
     "petl.core.spec.config": ("MethodConfig",),
     "petl.core.method": (
         "AdapterSet",

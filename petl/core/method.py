@@ -244,8 +244,9 @@ class Method(Generic[C, A]):
         free_dims: by name of a tensor, the dimension that may have another size in a file.
         optional_tensors: last parts of names of tensors that a file may lack.
         by_position: True if an adapter changes each position by itself, and nothing counts the
-            positions of a layer: the last block may then compute only those that are read, see
-            petl/efficiency/skip_unread/read_positions.py.
+            positions of a layer or reads those before a layer that computes a part of them; or a
+            function of the config that returns it. Blocks may then compute fewer, see
+            petl/efficiency/skip_unread/read_positions.py and petl/efficiency/tokens.
         capture_cls: hook that captures the input of an adapter with a source.
         takes_task_ids: True if its model takes `task_ids`, one for each row, in `forward` and
             `generate`; its adapters read `ForwardContext.tasks`.
@@ -287,7 +288,7 @@ class Method(Generic[C, A]):
     needs_tuner: str = ""
     free_dims: Mapping[str, int] = {}
     optional_tensors: tuple[str, ...] = ()
-    by_position: bool = False
+    by_position: bool | Callable[[Any], bool] = False
     capture_cls: type[InputCapture] = InputCapture
     takes_task_ids: bool = False
     features: tuple[str, ...] = ()

@@ -427,7 +427,9 @@ def computes_by_position(model: PeftModel) -> bool:
     tuner = model.base_model
     # PEFT's tuners adapt single layers; what is not a tuner adds positions (prompts)
     of_peft = isinstance(tuner, BaseTuner) and not isinstance(tuner, AskingTuner)
-    return of_peft or method_asked(type(tuner)).by_position
+    said = method_asked(type(tuner)).by_position
+    own = said if isinstance(said, bool) else all(map(said, model.peft_config.values()))
+    return of_peft or own
 
 
 def method_asked(tuner: type) -> Method[PeftConfig, Adapter]:

@@ -16,7 +16,7 @@ Source: Wang et al., "LeMo: Enabling LEss Token Involvement for MOre Context Fin
     channels.py       MLPs that keep a part of their channels for backward
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -94,7 +94,7 @@ def drop_tokens(  # noqa: PLR0913 (its settings are its interface)
     check_module(model, "petl.drop_tokens")
     settings = TokenSettings(
         block=block,
-        layers=layers if isinstance(layers, str) else list(layers),
+        layers=layers if isinstance(layers, str) or not isinstance(layers, Iterable) else [*layers],
         keep=keep,
         scorer=scorer,
         predictor=None if predictor is None else str(predictor),
@@ -141,6 +141,7 @@ class DropTokens(Rewrite):
             swap_class(layer, TokenBlock)
             block = cast(TokenBlock, layer)
             block.choice, block.attention_path, block.scorer = choice, attention, scorers[number]
+            block.reads_rows = number == min(layers)
         for mlp in mlps:
             swap_class(mlp, KeptMlp)
             cast(KeptMlp, mlp).mlp_keep = settings.mlp_keep

@@ -43,12 +43,15 @@ class TokenBlock(SwappedClass):
         scorer: the scores [B, N] from this block, its input [B, T, H], which tokens are no padding
             [B, T], and its further arguments.
         attention_path: of its attention.
+        reads_rows: it is the first layer, which looks for rows of several texts: a wait for the
+            device, once in a pass.
     """
 
     lacks: ClassVar[Mapping[str, str]] = LACKS
     choice: Choice
     scorer: Scorer
     attention_path: str
+    reads_rows: bool = False
 
     def __call__(self: Any, *args: object, **kwargs: object) -> object:
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -60,7 +63,8 @@ class TokenBlock(SwappedClass):
     def kept(self, hidden: Tensor, kwargs: Arguments) -> Tensor | None:
         """Return the positions of the kept tokens, [B, P]; None for all.
 
-        Of rows with several texts all are kept: nothing tells a block of which text to keep.
+        Raises:
+            UnsupportedError: a row has several texts, and nothing tells a block of which to keep.
         """
         tokens, positions = hidden.shape[1], kwargs.get("position_ids")
         if self.choice.count(tokens) * self.choice.block >= tokens:
@@ -68,8 +72,12 @@ class TokenBlock(SwappedClass):
         valid = valid_tokens(kwargs.get("attention_mask"), hidden)
         # those of a plan have no values
         known = isinstance(positions, Tensor) and not isinstance(positions, FakeTensor)
-        if known and has_several(positions, valid):
-            return None
+        if self.reads_rows and known and has_several(positions, valid):
+            raise UnsupportedError(
+                "position_ids begin again within a row, so it has several texts, and blocks of "
+                "tokens are left out of one: give each text a row of its own, or leave"
+                " drop_tokens out"
+            )
         return self.choice.positions(self.scorer(self, hidden, valid, kwargs), valid)
 
     def forward(
@@ -113,8 +121,10 @@ def at_positions(given: Arguments, positions: Tensor) -> Arguments:
     """Return arguments of an attention at some positions, without a cache."""
     found: Arguments = {name: None for name in CACHES if given.get(name) is not None}
     found["hidden_states"] = taken(given["hidden_states"], positions)
-    cos, sin = given["position_embeddings"]
-    found["position_embeddings"] = tuple(taken(each, positions) for each in (cos, sin))
+    turns = given["position_embeddings"]  # cosines and sines; of Llama 4 complex numbers
+    is_one = isinstance(turns, Tensor)
+    parts = [taken(each, positions) for each in ([turns] if is_one else turns)]
+    found["position_embeddings"] = parts[0] if is_one else tuple(parts)
     for name in ("position_ids", "cache_position"):
         ids = given.get(name)
         if isinstance(ids, Tensor):

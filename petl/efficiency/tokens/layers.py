@@ -1,8 +1,8 @@
 """The layers of a decoder with rotary positions, whose attention may compute some tokens."""
 
 import inspect
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,6 +32,8 @@ def refusal_of_tokens(base: nn.Module) -> str:
         return "its layers have no attention with rotary positions that they pass to it"
     if not all(getattr(each, "is_causal", True) for each in attentions):
         return "its tokens attend to later ones too, as in masked language models"
+    if any(map(_counts_tokens, attentions)):
+        return "its attention scales queries by the tokens it counts (attn_temperature_tuning)"
     return ""
 
 
@@ -60,7 +62,7 @@ def places_of(base: nn.Module, layers: str | Sequence[int]) -> dict[int, Layer]:
     if reason:
         raise UnsupportedError(f"no tokens of {type(base).__name__} can be left out: {reason}")
     found = all_layers(base)
-    if isinstance(layers, str):
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
         if layers not in (SECOND_HALF, EVERY):
             raise InputError(
                 f"layers={shown(layers)} is neither {SECOND_HALF}, {EVERY} nor a list of numbers"
@@ -84,6 +86,11 @@ def width_of_states(base: PreTrainedModel) -> int:
             f"not divide hidden_size={config.hidden_size}: choose scorer=norm"
         )
     return config.hidden_size
+
+
+def _counts_tokens(attention: Any) -> bool:
+    # Llama 4's, in layers without rotary positions: it is given no position of a token
+    return bool(getattr(attention, "attn_temperature_tuning", False) and not attention.use_rope)
 
 
 def _is_attention(module: nn.Module) -> bool:

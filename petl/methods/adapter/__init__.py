@@ -43,6 +43,7 @@ from petl.core.support import Capability
 from petl.errors import InputError
 from petl.methods.adapter.conformer import depthwise, normalize_channels
 from petl.methods.families.gates import (
+    READING,
     GatedAdapter,
     GatedConfig,
     gate_settings,
@@ -51,7 +52,7 @@ from petl.methods.families.gates import (
     values,
 )
 from petl.methods.families.stacked import layer_norm, linear
-from petl.methods.families.sublayers import network_sizes, refuse_in_decoders
+from petl.methods.families.sublayers import by_position, network_sizes, refuse_in_decoders
 
 
 @dataclass
@@ -232,6 +233,13 @@ def last_tensors(config: AdapterConfig) -> tuple[str, ...]:
     return ("norm_after_*",) if config.ln_after else ("up_weight", "up_bias")
 
 
+def each_position(config: AdapterConfig) -> bool:
+    """Return True if the output at a position follows from that position alone."""
+    mixes = config.block == "conformer" or config.gate == "small"
+    reads_stream = config.gate in READING and "attn" in config.locations
+    return not mixes and not reads_stream and by_position(config)
+
+
 def units(config: AdapterConfig) -> Ordered:
     """Where the tensors have the units of the bottleneck."""
     if config.block == "conformer":
@@ -261,6 +269,7 @@ class BottleneckMethod(Method[AdapterConfig, BottleneckAdapter]):
         ),
         Capability.TOGETHER: whole_batch,
     }
+    by_position = staticmethod(each_position)
     strength_tensors = staticmethod(last_tensors)
     components = staticmethod(units)
 

@@ -111,6 +111,7 @@ class Binary(Outer):
             "adapter_cls": adapter_cls and swapped_class(QuantizedOwner, adapter_cls),
             "start_tolerance": START_TOLERANCE,  # of quantized values
             "keep_float32": True,  # half precision loses the small updates of latent weights
+            "by_position": inner.by_position if inner.own else True,  # PEFT's adapt single layers
             "resumable": {"save_format": "latent"},
             "inner_defaults": INNER_DEFAULTS.get(inner.name, {}),
             "lacks": {

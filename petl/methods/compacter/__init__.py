@@ -38,6 +38,7 @@ from petl.methods.families.sublayers import (
     BY_FACTOR,
     SubLayerAdapter,
     SubLayerConfig,
+    by_position,
     network_sizes,
     sublayer_places,
     sublayer_targets,
@@ -301,7 +302,7 @@ class Compacter(Method[CompacterConfig, CompacterAdapter]):
         Capability.RANKS: "its widths must divide",
         Capability.TOGETHER: "",
     }
-    by_position = True
+    by_position = staticmethod(by_position)
     components = staticmethod(units)
 
     def targets(self, c: WrapContext[CompacterConfig]) -> list[Target]:

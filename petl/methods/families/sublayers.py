@@ -146,6 +146,12 @@ class SubLayerConfig(MethodConfig):
         return self.placement == "sequential" if self.residual is None else self.residual
 
 
+def by_position(config: SubLayerConfig) -> bool:
+    """Return True if adapters read no positions that the layer which they adapt may leave out."""
+    # the residual stream before attention has all
+    return config.placement != "parallel_residual" or "attn" not in config.locations
+
+
 def check_activation(name: str) -> None:
     """Raise UnknownNameError unless transformers has an activation of that name."""
     # an open table, so not `choices`: transformers adds names

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -43,6 +45,7 @@ SMALL = {
     "pad_token_id": 0,
 }
 GROUPED = {**SMALL, "num_key_value_heads": 2}
+LLAMA4 = {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 48, "moe_layers": []}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**GROUPED), ["q_proj", "v_proj", "down_proj"]),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**GROUPED, head_dim=8), ["q_proj", "up_proj"]),
@@ -52,16 +55,22 @@ MODELS = {
         Gemma2Config(**GROUPED, head_dim=8, sliding_window=12),
         ["q_proj", "o_proj"],
     ),
+    "llama4": (
+        Llama4ForCausalLM,
+        Llama4TextConfig(**LLAMA4, attention_chunk_size=12, attn_temperature_tuning=False),
+        ["q_proj", "v_proj"],
+    ),
     "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL), ["query_key_value"]),
 }
 BLOCK, KEEP = 4, 0.5
 
 
-def model_for(name: str, attn: str = "eager"):
+def model_for(name: str, attn: str = "eager", method: str = "lora", **fields):
     cls, config, targets = MODELS[name]
     torch.manual_seed(0)
     base = cls._from_config(copy.deepcopy(config), attn_implementation=attn)
-    model = petl.wrap(base, "lora", r=4, target_modules=targets)
+    fields = fields or {"r": 4, "target_modules": targets}
+    model = petl.wrap(base, method, **fields)
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
@@ -89,9 +98,12 @@ def gradients(model) -> torch.Tensor:
     return torch.cat(found)
 
 
+def layers_of(model) -> nn.ModuleList:
+    return next(each for each in model.modules() if isinstance(each, nn.ModuleList))
+
+
 def attentions(model, numbers) -> dict[int, nn.Module]:
-    body = model.get_base_model().base_model
-    layers = [body.layers[number] for number in numbers]
+    layers = [layers_of(model)[number] for number in numbers]
     return {
         n: layer.self_attn if hasattr(layer, "self_attn") else layer.attention
         for n, layer in zip(numbers, layers, strict=True)
@@ -145,9 +157,8 @@ def dense(model, inputs, numbers):
 
         return forward
 
-    body = model.get_base_model().base_model
     for number, module in attentions(model, numbers).items():
-        body.layers[number].register_forward_pre_hook(choose(number), with_kwargs=True)
+        layers_of(model)[number].register_forward_pre_hook(choose(number), with_kwargs=True)
         module.forward = masked(number, module)
     output = model(**inputs)
     output.loss.backward()
@@ -158,7 +169,25 @@ def dense(model, inputs, numbers):
 @pytest.mark.parametrize("tokens", [30, 32])
 @pytest.mark.parametrize("name", MODELS)
 def test_dropped_tokens_are_no_keys_and_have_no_output(name, tokens, left):
-    model, inputs = model_for(name), batch(tokens, left)
+    compare_with_dense(model_for(name), batch(tokens, left))
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("adapter", {"r": 4}),
+        ("adapter", {"r": 4, "placement": "parallel", "gate": "middle_y"}),
+        ("adapter", {"r": 4, "placement": "parallel_residual", "locations": ["ffn"]}),
+        ("binary", {"r": 4, "inner": "lora"}),
+        ("binary", {"r": 4, "inner": "mos"}),
+        ("compacter", {"r": 4, "placement": "parallel"}),
+    ],
+)
+def test_other_adapters_compute_the_kept_tokens_alone(method, fields):
+    compare_with_dense(model_for("llama", method=method, **fields), batch())
+
+
+def compare_with_dense(model, inputs):
     logits, loss, wanted, kept = dense(model, inputs, [1, 2, 3])
     assert all(0.3 < each.float().mean() < 0.75 for each in kept.values())
     plain = model(**inputs).loss
@@ -205,8 +234,7 @@ def test_attention_at_all_positions_is_that_without_them(name, left):
         counts.append(kwargs["kept_tokens"].shape[1])
         return args, {**kwargs, "kept_tokens": torch.arange(30).expand(3, -1)}
 
-    body = model.get_base_model().base_model
-    for layer in body.layers:
+    for layer in layers_of(model):
         layer.register_forward_pre_hook(widen, with_kwargs=True)
     output = model(**inputs)
     output.loss.backward()
@@ -322,6 +350,11 @@ def test_what_is_no_decoder_with_rotary_positions_is_refused():
             petl.drop_tokens(base)
 
 
+def test_an_attention_that_counts_its_tokens_is_refused():
+    with pytest.raises(UnsupportedError, match="attn_temperature_tuning"):
+        petl.drop_tokens(Llama4ForCausalLM(Llama4TextConfig(**LLAMA4)))
+
+
 def bidirectional(name: str):
     tiny = {**SMALL, "num_hidden_layers": 2}
     if name == "modernbert":
@@ -360,23 +393,33 @@ def test_positions_of_padding_are_no_second_text(left, attn):
     )
 
 
-def test_rows_of_several_texts_are_computed_whole():
+def test_rows_of_several_texts_are_refused():
     model = model_for("llama")
     isolate_packed_texts(model.get_base_model())
     ids = batch()["input_ids"][:1]
     several = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     several["position_ids"] = torch.cat([torch.arange(12), torch.arange(18)])[None]
-    whole = model(**several).loss
     single = {**several, "position_ids": torch.arange(30)[None]}
     before = model(**single).loss
     petl.drop_tokens(model, block=BLOCK, keep=KEEP)
-    assert model(**several).loss == whole
+    with pytest.raises(UnsupportedError, match="several texts"):
+        model(**several)
     assert model(**single).loss != before
+    assert model.eval()(**several).loss > 0
 
 
-def test_adapters_that_read_other_positions_are_refused():
-    base = LlamaForCausalLM(LlamaConfig(**GROUPED))
-    model = petl.wrap(base, "mola", target_modules=["q_proj"], num_experts=2)
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("mola", {"target_modules": ["q_proj"], "num_experts": 2}),
+        ("adapter", {"gate": "middle_x"}),
+        ("adapter", {"gate": "large"}),
+        ("adapter", {"placement": "parallel_residual"}),
+        ("compacter", {"placement": "parallel_residual"}),
+    ],
+)
+def test_adapters_that_read_other_positions_are_refused(method, fields):
+    model = model_for("llama", method=method, **fields)
     with pytest.raises(UnsupportedError, match="other positions"):
         petl.drop_tokens(model)
 
@@ -390,6 +433,7 @@ def test_adapters_that_read_other_positions_are_refused():
         ({"layers": "upper"}, "second_half"),
         ({"layers": [4]}, "0 to 3"),
         ({"layers": []}, "layers"),
+        ({"layers": 3}, "layers=3"),
         ({"scorer": "median"}, "oracle"),
         ({"scorer": "predictor"}, "train-predictors"),
         ({"predictor": "none.safetensors"}, "scorer=norm with predictor=none"),

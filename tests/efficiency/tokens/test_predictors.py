@@ -184,4 +184,6 @@ def test_predictors_need_rows_and_a_decoder():
         train_predictors(planted(), [])
     with pytest.raises(UnsupportedError, match="can be left out"):
         train_predictors(nn.Linear(2, 2), batches(1))
+    with pytest.raises(InputError, match="layers=3"):
+        petl.train_predictors(planted(), batches(1), layers=3)
     assert 0 <= train_predictors(planted(), batches(2), block=4, keep=0.0).recall <= 1
