@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from petl.errors import InputError
 from petl.ops import Ctx
 
 # Code books of 1, 2, 4 and 8 bits with minimal expected absolute error for a standard normal. Each
@@ -228,7 +229,16 @@ def pv_codes(
         fraction: the largest share of entries that change, in (0, 1].
         trust: the entries change in that order as long as the norm of the change is at most this
             share of the norm of the present values; the first one always does. None: no bound.
+
+    Raises:
+        InputError: `fraction` or `trust` is out of range.
     """
+    if not 0 < fraction <= 1:
+        raise InputError(
+            f"fraction={fraction} is not in (0, 1]: the share of codes that may change"
+        )
+    if trust is not None and not trust > 0:
+        raise InputError(f"trust={trust} is not above 0; None: no bound")
     stats_12 = torch.stack([mu, sigma]).view(1, 2)
     rows = codes.reshape(1, -1), target.reshape(1, -1)
     return pv_codes_each(*rows, stats_12, bits, fraction=fraction, trust=trust).view(codes.shape)

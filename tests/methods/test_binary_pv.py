@@ -71,6 +71,12 @@ def test_codes_that_are_nearest_stay_however_far_their_target_is():
     assert new.tolist() == [0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("wrong", [{"fraction": v} for v in (0, -1, 2.0)] + [{"trust": 0.0}])
+def test_shares_of_codes_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}="):
+        pv_codes(*torch.zeros(2, 4).long(), torch.tensor(0.0), torch.tensor(1.0), 1, **wrong)
+
+
 def weights_of(model, name="default"):
     return quantizer_of(model).quantized_weights[name]
 
