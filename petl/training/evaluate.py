@@ -382,8 +382,9 @@ class Evaluator:
                 prompts = [task.prompt(processor, row) for row in batch]
                 of_part = ids and [ids[row] for row in part]
                 most, is_chat = task.generate or 1, getattr(task, "chat", False)
+                prefix = getattr(task, "prefix", "")
                 texts = generation.written(
-                    model, processor, prompts, most, of_part, is_chat=is_chat
+                    model, processor, prompts, most, of_part, is_chat=is_chat, prefix=prefix
                 )
             if number >= len(own):  # a surplus batch, computed for the other processes
                 continue

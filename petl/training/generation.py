@@ -34,6 +34,7 @@ def written(
     task_ids: Sequence[int] | None = None,
     *,
     is_chat: bool = False,
+    prefix: str = "",
 ) -> list[str]:
     """Return the text that a model in evaluation mode writes after each prompt, greedily.
 
@@ -41,6 +42,7 @@ def written(
         max_new_tokens: of an answer; fewer where the longest prompt leaves fewer positions.
         task_ids: the task of each prompt, for a method that serves several.
         is_chat: prompts are turns of the chat template.
+        prefix: with which the texts of an encoder-decoder begin.
 
     Raises:
         InputError: the model has a table of positions, and a prompt leaves none for an answer.
@@ -56,6 +58,8 @@ def written(
     more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}
     if len(prompts) == 1 and task_ids is None and not isinstance(prompts[0], ImagePrompt):
         more = free_drafts(model)
+        if more and is_pair(model) and prefix:
+            more["encoder_input_ids"] = behind_prefix(tokenizer, prompts[0], prefix)
     if "custom_generate" not in more:  # which does so itself
         more |= cache_arguments(model)
     generated = cast(CausalModel, model).generate(
@@ -112,6 +116,17 @@ def free_drafts(model: PreTrainedModel | PeftModel) -> Arguments:
     if base not in _drafters:
         _drafters[base] = drafter("free", model=base)
     return {"custom_generate": decode, "drafter": _drafters[base]}
+
+
+def behind_prefix(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], prefix: str
+) -> list[int]:
+    """Return the tokens of a prompt behind a prefix, which no answer copies."""
+    known = tokenizer(prefix)["input_ids"]
+    # its last token may be another one before a text
+    pairs = enumerate(zip(prompt, known, strict=False))
+    end = next((i for i, (given, own) in pairs if given != own), len(known))
+    return [*prompt[end:]]
 
 
 def is_pair(model: PreTrainedModel | PeftModel) -> bool:

@@ -39,7 +39,7 @@ from petl.efficiency.drafting.calls import (
     plainly,
 )
 from petl.efficiency.drafting.costs import Costs
-from petl.efficiency.drafting.pairs import encoder_ids
+from petl.efficiency.drafting.pairs import GivenIds, encoder_ids
 from petl.efficiency.drafting.passes import DraftPasses
 from petl.efficiency.drafting.registry import Drafter, check_vocabulary
 from petl.efficiency.drafting.registry import drafter as build
@@ -91,7 +91,7 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
     costs: Costs | None = None,
     clock: Callable[[], float] = time.perf_counter,
     switch: bool = True,
-    encoder_input_ids: Tensor | None = None,
+    encoder_input_ids: GivenIds | None = None,
     inputs_tensor: Tensor | None = None,
     **model_kwargs: object,
 ) -> object:
@@ -118,7 +118,8 @@ def decode(  # noqa: PLR0913 - its keywords are those of `generate`
         clock: seconds now.
         switch: stop drafting for a while where it is slower than plain decoding.
         encoder_input_ids: tokens that the encoder of an encoder-decoder has read, for drafters that
-            copy them, [rows, S]; needed where `generate` gets `encoder_outputs` in their place.
+            copy them, [1, S] or a list; needed where `generate` gets `encoder_outputs` in their
+            place.
         inputs_tensor: of the encoder, as `generate` hands them on.
         model_kwargs: further inputs of the model.
 
@@ -182,7 +183,7 @@ class Decoding:
         settings: DecodeSettings,
         stats: Stats,
         stream: BaseStreamer | None,
-        inputs: tuple[Tensor | None, Tensor | None],
+        inputs: tuple[GivenIds | None, Tensor | None],
     ) -> None:
         self.given, self.settings, self.stats, self.stream = given, settings, stats, stream
         self.tokens: Tokens = given.ids[0].tolist()

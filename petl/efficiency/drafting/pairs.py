@@ -5,6 +5,7 @@ tokens of the encoder's input, H width.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -14,8 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from petl.core.parameters import max_positions
-from petl.errors import InputError
+from petl.errors import InputError, shown
 
+GivenIds = Tensor | Sequence[int]  # of one row
 ModelInputs = dict[str, Any]  # further inputs of the model by name, and its cache
 # types of models; tests run `verify` on each of them and compare its answers
 VERIFIED = ("bart", "marian", "mbart", "mt5", "pegasus", "t5", "whisper")
@@ -70,7 +72,7 @@ def sample_inputs(model: PreTrainedModel, length: int) -> ModelInputs:
 
 
 def encoder_ids(
-    model: PreTrainedModel, given: Tensor | None, inputs: Tensor | None, mask: Tensor | None
+    model: PreTrainedModel, given: GivenIds | None, inputs: Tensor | None, mask: Tensor | None
 ) -> list[int] | None:
     """Return the tokens that an encoder has read, without padding; None if it has read no tokens.
 
@@ -78,24 +80,21 @@ def encoder_ids(
 
     Args:
         model: an encoder-decoder.
-        given: `encoder_input_ids`, [1, S].
+        given: `encoder_input_ids`, [1, S] or a list.
         inputs: of the encoder, as `generate` hands them on; taken where none are given.
         mask: 0 at padding, [1, S].
 
     Raises:
         InputError: those that are given are no integers of one row.
     """
-    if given is not None and (len(given) != 1 or given.dim() != 2 or given.is_floating_point()):
-        raise InputError(
-            f"encoder_input_ids are {given.dtype} {list(given.shape)}: give the integers of the "
-            "row that is decoded, [1, S]"
-        )
-    tensor = inputs if given is None else given
+    tensor = inputs if given is None else _one_row(given)
     # embeddings and sound are no ids; -100 stands for those that `encoder_outputs` do not have
-    if tensor is None or tensor.is_floating_point() or tensor.dim() != 2 or (tensor < 0).all():
+    if tensor is None or tensor.is_floating_point() or tensor.dim() != 2:
+        return None
+    if tensor.numel() and (tensor < 0).all():
         return None
     is_text = torch.ones_like(tensor) if mask is None or mask.shape != tensor.shape else mask
-    ids, size = tensor[is_text.bool()].tolist(), vocabulary_size(model)
+    ids, size = tensor[is_text.bool().to(tensor.device)].tolist(), vocabulary_size(model)
     # Marian says so; its ids of both kinds may be below the size of either
     has_two = _fact(model.config, "share_encoder_decoder_embeddings") is False
     if not has_two and max(ids, default=0) < size:
@@ -108,3 +107,19 @@ def encoder_ids(
         )
         _told.add(model)
     return []
+
+
+def _one_row(given: GivenIds) -> Tensor:
+    """Return the integers of one row, [1, S]; raise InputError for anything else."""
+    if isinstance(given, Tensor):
+        if given.dim() == 2 and len(given) == 1 and not given.is_floating_point():
+            return given
+        found = f"{given.dtype} {list(given.shape)}"
+    else:
+        if isinstance(given, list | tuple) and all(type(token) is int for token in given):
+            return torch.tensor([given], dtype=torch.long)
+        found = shown(given)
+    raise InputError(
+        f"encoder_input_ids are {found}: give the integers of the row that is decoded, [1, S] or "
+        "a list"
+    )

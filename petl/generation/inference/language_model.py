@@ -46,7 +46,7 @@ from petl.generation.inference.sampling import (
     TextStream,
     before_stop,
 )
-from petl.training.generation import batched_prompts, encoder_in
+from petl.training.generation import batched_prompts, behind_prefix, encoder_in
 
 BASE = "base"  # the name of the model without an adapter
 NO_DRAFTS = "none"  # the value of `drafting` for plain decoding
@@ -257,6 +257,9 @@ class LanguageModel:
         drafts = is_single and sampling.prompt_lookup is None and self.drafter is not None
         if drafts:
             arguments |= {"custom_generate": decode, "drafter": self.drafter, "stats": stats}
+            if self.is_encoder_decoder and self.prefix:
+                own = behind_prefix(self.tokenizer, prompts[0], self.prefix)
+                arguments["encoder_input_ids"] = own
         else:
             arguments |= cache_arguments(self.model)
         if write is not None:

@@ -156,6 +156,7 @@ class Predictor:
                 texts = written(
                     self.model, self.processor, asked, self.max_new_tokens, ids,
                     is_chat=getattr(self.task, "chat", False),
+                    prefix=getattr(self.task, "prefix", ""),
                 )  # fmt: skip
             found |= {i: {"prediction": text} for i, text in zip(part, texts, strict=True)}
         return found

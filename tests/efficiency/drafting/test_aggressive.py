@@ -188,6 +188,8 @@ def test_it_reads_the_ids_of_the_encoder_without_padding():
     # ids that are named come before those that the encoder gets
     decoded(model, guess, input_ids=ids, encoder_input_ids=ids[:, 2:])
     assert guess.began[1] == ids[0, 2:].tolist()
+    decoded(model, guess, input_ids=ids, encoder_input_ids=ids[0, 1:].tolist())
+    assert guess.began[1] == ids[0, 1:].tolist()
     # embeddings and outputs of an encoder have none
     states = model.encoder(ids)
     decoded(model, guess, encoder_outputs=states)
@@ -210,7 +212,15 @@ def test_a_call_without_ids_is_refused_with_the_argument_to_give():
 
 
 @pytest.mark.parametrize(
-    "ids", [torch.ones(2, 5, dtype=torch.long), torch.ones(1, 5), torch.ones(5, dtype=torch.long)]
+    "ids",
+    [
+        torch.ones(2, 5, dtype=torch.long),
+        torch.ones(1, 5),
+        torch.ones(5, dtype=torch.long),
+        [1.0],
+        [[1]],
+        7,
+    ],
 )
 def test_ids_of_another_shape_or_kind_are_refused(ids):
     with pytest.raises(InputError, match=r"encoder_input_ids are .*: give the integers of the row"):

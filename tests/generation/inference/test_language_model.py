@@ -1,5 +1,6 @@
 """Language models with adapters: loading, prompts, answers."""
 
+from dataclasses import replace
 from threading import Event
 
 import pytest
@@ -8,10 +9,12 @@ from tiny_tokenizers import CHATML
 from writer_fixtures import POSITIONS, PROMPTS
 
 from petl.data.tasks import TOOLS
+from petl.efficiency.drafting.aggressive import Aggressive
 from petl.errors import InputError
 from petl.generation.inference.language_model import message
 from petl.generation.inference.loading import load_language_model
 from petl.generation.inference.sampling import Sampling
+from petl.training.generation import written
 
 pytest_plugins = ["writer_fixtures"]
 
@@ -107,6 +110,27 @@ def test_an_encoder_reads_the_prefix_and_the_whole_text(writers):
 
 
 # Answers
+
+
+def test_drafts_begin_behind_what_a_run_puts_before_each_text(writers, monkeypatch):
+    read: list[list[int]] = []
+    own = Aggressive.start
+
+    def start(self, ids, states, encoder=None):
+        read.append(encoder)
+        own(self, ids, states, encoder)
+
+    monkeypatch.setattr(Aggressive, "start", start)
+    model = replace(writers.load("t5-lora"), prefix="echo: ", drafting="aggressive")
+    ids, tokenizer = model.encode("Hi there"), model.tokenizer
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "echo: Hi there"
+    with model.using("default"):
+        (answer,) = model.answer([ids], SHORT)
+        (plain,) = replace(model, drafting="none").answer([ids], SHORT)
+        written(model.model, tokenizer, [ids], 3, prefix="echo: ")
+    assert answer == plain
+    texts = [tokenizer.decode(each, skip_special_tokens=True).strip() for each in read]
+    assert texts == ["Hi there"] * 2
 
 
 def test_a_batch_gives_the_answers_of_single_prompts(writers):
