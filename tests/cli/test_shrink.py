@@ -16,6 +16,7 @@ from petl.cli import main
 from petl.cli import shrink as command
 from petl.data.models.loading import load_base
 from petl.errors import RunStopped
+from petl.training.evaluate import Evaluator
 from petl.training.program import WrappedError
 
 pytest_plugins = ["export_fixtures", "training_fixtures"]
@@ -207,11 +208,16 @@ def test_a_model_takes_its_rows_from_a_file(tiny, tmp_path):
         (("{adapter}", "{out}"), "is an adapter without a run"),
         (("{run}", "{out}", "--sparsity", "0.01"), "nothing to prune"),
         (("{run}", "{out}", "--heads"), "head_dim"),
+        (("{run}", "{out}", "--widths", "by_block", "--multiple", "64"), "lower it"),
         (("{run}", "{model}"), "already exists"),
         (("{run}", "{out}", "--sparsity", "0"), "above 0"),
     ],
 )
-def test_what_cannot_be_shrunk_is_refused(words, message, lora_run, tiny, tmp_path, capfd):
+def test_what_cannot_be_shrunk_is_refused(
+    words, message, lora_run, tiny, tmp_path, capfd, monkeypatch
+):
+    # before any rows are scored
+    monkeypatch.setattr(Evaluator, "test", lambda *args, **kwargs: pytest.fail("rows are scored"))
     shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
     places = {
         "model": tiny.folder / "bert",
@@ -241,12 +247,17 @@ torch.save(model(input_ids=ids).logits.detach(), "logits.pt")
 
 
 @pytest.mark.thorough
-def test_the_lines_of_the_readme_load_unequal_widths_without_petl(lora_run, tmp_path):
+@pytest.mark.parametrize("shards", ["1KB", "1GB"])
+def test_the_lines_of_the_readme_load_unequal_widths_without_petl(shards, lora_run, tmp_path):
     out = tmp_path / "small"
     words = ("--sparsity", 0.4, "--multiple", 4, "--recover", 0)
     assert run(lora_run.path, out, *words, "--widths", "by_block") == 0
     code = (out / "README.md").read_text().split("```python\n")[1].partition("```")[0]
     (out / "stock.py").write_text(STOCK.format(code=code))
+    small = petl.load_shrunk(out)
+    (out / "model.safetensors").unlink()
+    small.save_pretrained(out, max_shard_size=shards)
+    assert (out / "model.safetensors").exists() == (shards == "1GB")
     line = [warm_python.python(), "stock.py"]
     subprocess.run(line, cwd=out, check=True, capture_output=True)
     assert torch.equal(torch.load(out / "logits.pt"), logits(petl.load_shrunk(out)))

@@ -84,6 +84,7 @@ Without petl:
 
 ```python
 import json
+from pathlib import Path
 
 from safetensors.torch import load_file
 from torch.nn import Linear, Sequential
@@ -97,7 +98,10 @@ for path, rank in json.load(open("ranks.json"))["ranks"].items():
     new = Sequential(Linear(width, rank, bias=False), Linear(rank, out, bias=has_bias))
     vars(new)["weight"] = new[1].weight  # T5 reads its dtype
     model.set_submodule(path, new)
-missing, unexpected = model.load_state_dict(load_file("model.safetensors"), strict=False)
+state = {{}}
+for file in Path().glob("model*.safetensors"):  # a large model has several
+    state |= load_file(file)
+missing, unexpected = model.load_state_dict(state, strict=False)
 model.tie_weights()  # missing: tied weights at most
 model.eval()
 ```

@@ -20,7 +20,7 @@ from petl.adapters.export.checked_folder import save_model
 from petl.adapters.export.merge import merge, write_task_files
 from petl.adapters.export.saved_adapter import find, scores_of
 from petl.adapters.shrink.folder import write_widths
-from petl.adapters.shrink.model import Plan, shrink
+from petl.adapters.shrink.model import planned, shrink
 from petl.adapters.shrink.source import Source
 from petl.core.model.layer_widths import FILE as WIDTHS
 from petl.core.model.modes import calibration_pass, forward
@@ -40,6 +40,7 @@ from petl.training.evaluate import Evaluator
 
 FILE, BASE, RUN = "shrink.json", "model", "run"
 CALIBRATION = CalibrationData(num_samples=128, seq_len=1024)  # as of +ranks=cfsp
+PLANNED = ("sparsity", "widths", "multiple", "heads", "metric")  # what decides how much stays
 ROUNDS = 5  # in which forward passes are timed
 Write = Callable[[Path], None]  # writes README and page into the folder of a model
 
@@ -125,16 +126,18 @@ class Work:
                 when=f"with the {name} model"
             )
 
+        own = {name: self.settings[name] for name in PLANNED}
+        plan, _ = planned(dense, **own)  # refuses what it can before rows are scored
         rows = calibration_batches(CALIBRATION, self.config.model, splits)
         before = scores(dense, "dense")
         found = shrink(dense, ProgressItems(rows, "measuring channels"), **self.settings)
         after = scores(found.model, "shrunk")
-        mlps = Plan.of(dense, 0.0).mlps  # for the widths before
         blocks = [
             {
                 "path": path,
                 "importance": value,
-                "width": mlps[path].width,
+                "width": plan.mlps[path].width,
+                **({"query_heads": plan.heads[path].queries} if plan.heads else {}),
                 **{name: entries.tolist() for name, entries in found.kept[path].items()},
             }
             for path, value in found.importance.items()

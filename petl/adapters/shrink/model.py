@@ -95,24 +95,20 @@ def shrink(  # noqa: PLR0913 - all but two by name
         UnsupportedError: the model has adapters, is quantized, is a mixture of experts, shares
             MLPs, or has blocks without an MLP of a known form.
     """
-    check_module(model, "petl.shrink")
-    require(0 < sparsity < 1, f"sparsity={sparsity} is not between 0 and 1")
-    require(
-        type(multiple) is int and multiple >= 1, f"multiple={multiple} is not an integer from 1"
+    plan, counts = planned(
+        model,
+        sparsity=sparsity,
+        widths=widths,
+        multiple=multiple,
+        heads=heads,
+        metric=metric,
+        b=b,
+        c=c,
     )
-    # c=0 would score all channels alike
-    for name, power, fits, bound in (("b", b, b >= 0, "from 0"), ("c", c, c > 0, "above 0")):
-        fits &= type(power) is not bool and math.isfinite(power)
-        require(fits, f"{name}={power} is not a finite number {bound}")
-    # before the pass, which may take minutes
-    choose(WIDTHS, widths, "widths")
-    choose(METRICS, metric, "metric")
-    plan = Plan.of(model, sparsity if heads else 0.0)
-    sizes = {path: mlp.width for path, mlp in plan.mlps.items()}
-    counts = even_counts(sizes, sparsity, multiple) if widths == EVEN else {}
     sums = InputSums(model, plan.read(), with_means=bias_correction)
     importance = sums.measure(batches, metric)
-    counts = counts or counts_by_block(sizes, importance, sparsity, multiple)
+    if widths == BY_BLOCK:
+        counts = counts_by_block(plan.widths, importance, sparsity, multiple)
     kept: dict[str, dict[str, Tensor]] = {}
     for path, mlp in plan.mlps.items():
         scores = plan.scores(mlp, sums.norms(mlp.down), b, c)
@@ -128,6 +124,42 @@ def shrink(  # noqa: PLR0913 - all but two by name
     for path, own in groups.items():
         kept[path]["heads"] = plan.heads[path].heads_of(own)
     return Shrunk(small, kept, importance, (count(model), count(small)))
+
+
+def planned(  # noqa: PLR0913 - the arguments of `shrink`
+    model: PreTrainedModel,
+    *,
+    sparsity: float,
+    widths: str,
+    multiple: int,
+    heads: bool,
+    metric: str,
+    b: float = 1.0,
+    c: float = 1.0,
+) -> tuple["Plan", dict[str, int]]:
+    """Return what `shrink` would prune, and how many channels of each block would stay.
+
+    That is before a pass, which may take minutes; `by_block` as if all blocks were as important.
+
+    Raises:
+        InputError, UnsupportedError: as of `shrink`, as far as they need no pass.
+    """
+    check_module(model, "petl.shrink")
+    require(0 < sparsity < 1, f"sparsity={sparsity} is not between 0 and 1")
+    require(
+        type(multiple) is int and multiple >= 1, f"multiple={multiple} is not an integer from 1"
+    )
+    # c=0 would score all channels alike
+    for name, power, fits, bound in (("b", b, b >= 0, "from 0"), ("c", c, c > 0, "above 0")):
+        fits &= type(power) is not bool and math.isfinite(power)
+        require(fits, f"{name}={power} is not a finite number {bound}")
+    choose(WIDTHS, widths, "widths")
+    choose(METRICS, metric, "metric")
+    plan = Plan.of(model, sparsity if heads else 0.0)
+    if widths == EVEN:
+        return plan, even_counts(plan.widths, sparsity, multiple)
+    alike = dict.fromkeys(plan.widths, 1.0)
+    return plan, counts_by_block(plan.widths, alike, sparsity, multiple)
 
 
 def count(model: PreTrainedModel) -> int:
@@ -179,6 +211,11 @@ class Plan:
             )
         mlps = {path: find_mlp(model, path, known) for path in blocks}
         return cls(model, mlps, find_heads(model, blocks, sparsity) if sparsity else {})
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Channels of each block, by path."""
+        return {path: mlp.width for path, mlp in self.mlps.items()}
 
     def read(self) -> dict[str, tuple[str, ...]]:
         """Return the layers whose inputs count; of each the layers that are called before it."""

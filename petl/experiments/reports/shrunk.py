@@ -31,13 +31,23 @@ def rows_of(record: Record) -> list[tuple[str, str, str]]:
     return rows
 
 
+def pruned(record: Record) -> dict[str, tuple[int, int]]:
+    """Return the numbers, before and after, of what leaves the blocks."""
+    blocks = record["blocks"]
+    found = {"MLP channels": ("width", "channels")}
+    if record["settings"]["heads"]:
+        found["heads of attention"] = "query_heads", "heads"
+    return {
+        name: (sum(block[before] for block in blocks), sum(len(block[kept]) for block in blocks))
+        for name, (before, kept) in found.items()
+    }
+
+
 def facts_of(record: Record) -> list[tuple[str, str, str, str]]:
     """Return what is smaller: its name, before, after, and the share that is left."""
-    kept = sum(len(block["channels"]) for block in record["blocks"])
-    width = sum(block["width"] for block in record["blocks"])
     # name, values before and after, and how they are shown
     numbers = {
-        "MLP channels": ([width, kept], "{:,}".format),
+        **{name: (pair, "{:,}".format) for name, pair in pruned(record).items()},
         "parameters": (record["parameters"], "{:,}".format),
         "bytes": (record["bytes"], size),
         "forward pass": (record["seconds"], lambda s: f"{1000 * s:.1f} ms"),
@@ -97,8 +107,10 @@ def card(record: Record, command: str) -> str:
     load = BY_BLOCK if settings["widths"] == "by_block" else EVEN
     return CARD.format(
         source=markdown(settings["source"]),
-        sparsity=f"{100 * settings['sparsity']:g} %",
-        heads=" and heads of attention" if settings["heads"] else "",
+        removed=" and ".join(
+            f"{100 * (1 - after / before):.1f} % of the {name}"
+            for name, (before, after) in pruned(record).items()
+        ),
         recovered=RECOVERED if "recovered" in record["scores"] else "It was not trained again.",
         metric=markdown(shown(record["metric"])),
         facts=facts,
@@ -115,8 +127,8 @@ RECOVERED = (
 CARD = """\
 # {source}, made smaller
 
-{sparsity} of the MLP channels{heads} of {source} were removed by one forward pass over calibration
-rows (CFSP, arXiv:2409.13199). {recovered} `shrink.json` has what stays, by block.
+{removed} of {source} were removed by one forward pass over
+calibration rows (CFSP, arXiv:2409.13199). {recovered} `shrink.json` has what stays, by block.
 
 |  | before | after | left |
 | --- | --: | --: | --: |
@@ -140,6 +152,7 @@ Without petl:
 
 ```python
 import json
+from pathlib import Path
 
 from safetensors.torch import load_file
 from torch.nn import Linear
@@ -152,7 +165,10 @@ for path, (width, out) in json.load(open("{widths}"))["layers"].items():
     old = model.get_submodule(path)
     new = Linear(width, out, bias=old.bias is not None)
     model.set_submodule(path, Conv1D(out, width) if isinstance(old, Conv1D) else new)
-missing, unexpected = model.load_state_dict(load_file("model.safetensors"), strict=False)
+state = {{}}
+for file in Path().glob("model*.safetensors"):  # a large model has several
+    state |= load_file(file)
+missing, unexpected = model.load_state_dict(state, strict=False)
 model.tie_weights()  # missing: tied weights at most
 model.to(config.dtype).eval()
 ```
