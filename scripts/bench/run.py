@@ -12,6 +12,7 @@ import torch
 from bench import (
     cached,
     compiled,
+    copied,
     drafting,
     files,
     frozen,
@@ -163,6 +164,7 @@ def _measures(
         "job": lambda shape: _whole_jobs(settings.jobs, progress),
         "peers": lambda shape: peers.measure(shape, rounds, settings.peers),
         "drafting": lambda shape: drafting.measure(settings.drafts, progress),
+        "copied": lambda shape: copied.measure(),
         "together": lambda shape: together.measure(rows, shape, rounds),
         "shrink": lambda shape: shrunk.measure(shape, fewer),
         "watch": lambda shape: watched.measure(shape, rounds),
