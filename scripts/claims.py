@@ -7,6 +7,7 @@
     python scripts/claims.py shrink                  # widths and ranks by importance
     python scripts/claims.py --list                  # the claims
     python scripts/claims.py --publish runs/claims   # results of a folder into the pages
+    python scripts/claims.py shrink --publish        # those of one claim, of runs/claims
 
 Trains the contenders of a claim: the learning rate of each is chosen on validation rows, from the
 same rates outward, then each is trained with five seeds and scored on the test rows.
@@ -37,6 +38,7 @@ from petl.experiments.reports.formatting import echo
 from petl.training import program as app
 
 OWN = {retain.NAME: retain, shrink.NAME: shrink}  # claims with a module of their own
+FOLDER = Path("runs/claims")
 ASSETS = Path(__file__).resolve().parents[1] / "docs/assets/claims"
 
 
@@ -48,7 +50,10 @@ def main() -> int:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Try the claims that have no statements, and then the others."""
+    """Publish results; or try the claims that have no statements, and then the others."""
+    if arguments.publish:
+        publish_all(arguments.publish, arguments.names)
+        return
     own = [name for name in arguments.names if name in OWN]
     for name in own:
         OWN[name].run(arguments.folder.absolute(), jobs=arguments.jobs, quick=arguments.quick)
@@ -58,7 +63,7 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Try the claims, list them, or publish results."""
+    """Try the claims, or list them."""
     for name in arguments.names:
         if name not in CLAIMS:
             raise InputError(
@@ -67,16 +72,6 @@ def run(arguments: argparse.Namespace) -> None:
     claims = [CLAIMS[name] for name in arguments.names]
     if arguments.list:
         listing().print()
-    elif arguments.publish:
-        folder = arguments.publish
-        names = [retain.NAME] if retain.publish(folder, ASSETS) else []
-        names += publish(folder, PUBLISHED, ASSETS)
-        if not names:
-            known = ", ".join([retain.NAME, *CLAIMS])
-            raise InputError(f"{folder} has no results of claims ({known}): try one first")
-        for name in names:
-            echo(f"published: {name}")
-        echo("to update the pages: python scripts/build_docs.py refresh")
     elif not arguments.names:
         raise InputError(f"no claim is given: use some of {', '.join(CLAIMS)}, or --list")
     elif arguments.quick:
@@ -87,6 +82,22 @@ def run(arguments: argparse.Namespace) -> None:
             spot_table(claim, known, spot_check(claim, known, folder)).print(claim.title)
     else:
         try_all(claims, arguments)
+
+
+def publish_all(folder: Path, names: list[str]) -> None:
+    """Copy the results of these claims, or of all, from a folder into the pages' own."""
+    asked = names or [*OWN, *CLAIMS]
+    done = [
+        name for name, module in OWN.items() if name in asked and module.publish(folder, ASSETS)
+    ]
+    done += publish(folder, PUBLISHED, ASSETS, asked)
+    missing = sorted({*names} - {*done})
+    if missing or not done:
+        words = ", ".join(missing or asked)
+        raise InputError(f"{folder} has no results of claims ({words}): try one first")
+    for name in done:
+        echo(f"published: {name}")
+    echo("to update the pages: python scripts/build_docs.py refresh")
 
 
 def try_all(claims: list[Claim], arguments: argparse.Namespace) -> None:
@@ -111,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--folder",
         type=folder_to_write,
-        default="runs/claims",
+        default=FOLDER,
         metavar="FOLDER",
         help="of the runs, new or to be resumed (%(default)s)",
     )
@@ -135,7 +146,14 @@ def parser() -> argparse.ArgumentParser:
         help="spot check: one seed of the first statement's contenders at the published rates",
     )
     add("--list", action="store_true", help="list the claims, and what is left to try")
-    add("--publish", type=Path, metavar="FOLDER", help="copy results of a folder, draw pictures")
+    add(
+        "--publish",
+        type=Path,
+        nargs="?",
+        const=FOLDER,
+        metavar="FOLDER",
+        help=f"copy results of a folder ({FOLDER}), draw pictures; with names, of these claims",
+    )
     return command_line
 
 

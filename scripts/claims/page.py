@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from claims import shrink
 from claims.catalog import CLAIMS, UNTRIED
 from claims.claim import EDIT, Claim, Statement
 from claims.measures import ACCURACY, Measure
@@ -105,6 +106,8 @@ def listing() -> Table:
         for claim in CLAIMS.values()
         for row in summary(claim, published.get(claim.name)).rows
     ]
+    word = "see docs/claims.md" if shrink.is_published() else NOT_TRIED
+    rows.append([shrink.NAME, shrink.TITLE, word, ""])
     rows += [[each.name, each.title, NOT_TRIED, ""] for each in UNTRIED]
     return Table(["claim", "statement", "verdict", "difference (points, or as named)"], rows)
 
@@ -117,12 +120,14 @@ def page() -> str:
     published = read_published()
     parts = ["## The verdicts", verdicts(published)]
     names = [name for name in CLAIMS if name not in published]
+    names += [] if shrink.is_published() else [shrink.NAME]
     if names:
         links = ", ".join(f"[{name}](#{name})" for name in names)
         parts.append(f"{NOT_TRIED.capitalize()}, each with its experiment: {links}.")
     parts += side_by_side(published)
     for claim in CLAIMS.values():
         parts += section(claim, published.get(claim.name))
+    parts += shrink.section()
     left = Table(
         ["claim", "paper", "what it takes"],
         [[each.title, each.paper, each.takes] for each in UNTRIED],

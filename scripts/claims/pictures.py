@@ -1,5 +1,6 @@
 """Pictures of the intervals, and how results become those that the pages show."""
 
+from collections.abc import Collection
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
@@ -13,18 +14,21 @@ from claims.results import Result, read
 WIDTH = 46  # characters of a line of a statement
 
 
-def publish(folder: Path, results: Path, assets: Path) -> list[str]:
+def publish(
+    folder: Path, results: Path, assets: Path, names: Collection[str] = CLAIMS.keys()
+) -> list[str]:
     """Copy the results of a folder, draw their pictures, and return the names of its claims.
 
     Args:
         folder: of `scripts/claims.py`.
         results: folder of the published results.
         assets: folder of the pictures.
+        names: of the claims that are published, where they have results.
 
     Raises:
         InputError: the results are of other comparisons.
     """
-    found = [(folder / f"{name}.json", claim) for name, claim in CLAIMS.items()]
+    found = [(folder / f"{name}.json", CLAIMS[name]) for name in CLAIMS if name in names]
     found = [(file, claim) for file, claim in found if file.exists()]
     for file, claim in found:
         result = read(file)
