@@ -27,20 +27,20 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3815,
-    "ops": 3668,
+    "ops": 3680,
     "core": 14865,
-    "efficiency": 10180,
+    "efficiency": 10215,
     "data": 17660,
-    "training": 17480,
-    "methods": 19900,
-    "adapters": 9320,
-    "generation": 8090,
-    "experiments": 8810,
+    "training": 17495,
+    "methods": 19920,
+    "adapters": 9365,
+    "generation": 8095,
+    "experiments": 8825,
     "cli": 4808,
     "testing": 3175,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16535, "tests": 88795}
+OTHERS = {"scripts": 16650, "tests": 89000}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
