@@ -36,7 +36,7 @@ from petl.system.files.read import read_json
 from petl.system.settings.command_line import config_dir_words, how_to_continue, quoted
 from petl.training.compose import compose
 from petl.training.runs.records import is_finished, read_results
-from petl.training.runs.resume import as_begun, differences, identity, identity_of
+from petl.training.runs.resume import as_begun, differences, identity, identity_of, is_whole
 from petl.training.runs.run_config import read_config
 
 TOGETHER = (sys.executable, "-m", "petl.cli.train_together")
@@ -359,7 +359,7 @@ class Study:
 
     def _train_all(self, jobs: list[StudyJob]) -> list[StudyJob]:
         """Train the runs that are not finished, `self.jobs` at a time; return those that failed."""
-        due = [job for job in jobs if not is_finished(job.folder)]
+        due = [job for job in jobs if not is_whole(job.folder)]
         if len(due) < len(jobs):
             logger.info("%d of %d runs are already finished", len(jobs) - len(due), len(jobs))
         begun, done = time.monotonic(), 0
@@ -375,13 +375,13 @@ class Study:
                 for process in self._forking:
                     process.terminate()
                 raise
-        return [job for job in due if not is_finished(job.folder)]
+        return [job for job in due if not is_whole(job.folder)]
 
     def _report(self, job: StudyJob, seconds: float, done: int, count: int, elapsed: float) -> None:
         """Log how a run ended, and how many remain."""
         name, left = job.folder.relative_to(self.folder), count - done
         rest = f"; {left} left, about {duration(elapsed / done * left)}" if left else ""
-        if not is_finished(job.folder):
+        if not is_whole(job.folder):
             logger.warning("[%d/%d] %s failed, see %s%s", done, count, name, job.log, rest)
             return
         score, took = score_line(job), duration(seconds)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from petl.core.adapter_folder import Folder
 from petl.core.types import Settings
 from petl.errors import InputError, JobSkipped
 from petl.system.files.disk import MANIFEST, check_writable, refuse_inside
@@ -239,6 +240,7 @@ def find_checkpoint(settings: TrainConfig, now: Identity) -> Path | None:
             f"{found} is of another run: {', '.join(others[:3])}"
             f"{', ...' if len(others) > 3 else ''}; use its settings, or leave out train.resume"
         )
+    say_damage(run)
     logger.info("resuming from %s", found)
     return found
 
@@ -253,7 +255,10 @@ def is_checkpoint(path: Path) -> bool:
 def latest(settings: TrainConfig, now: Identity) -> Path | None:
     """Return the latest complete checkpoint of an unfinished run with exactly these settings.
 
+    A finished run whose adapter is gone or damaged counts as unfinished.
+
     Raises:
+        InputError: of such a run, which `train.run` names, there is no complete checkpoint.
         JobSkipped: there is no unfinished run, and a finished one.
     """
     if settings.run:
@@ -274,13 +279,13 @@ def latest(settings: TrainConfig, now: Identity) -> Path | None:
                 raise
             logger.warning("skipping %s: %s", folder, error)
             continue
-        found = latest_complete(folder)
+        found = latest_of(folder, is_named=settings.run is not None)
         if found is not None:
             logger.info("resuming from %s", found)
             return found
         release(folder)  # a run without checkpoint is left as it is
     if not settings.run:
-        skip_finished(finished_run(settings.output, now))
+        skip_finished(finished_run(settings.output, now, with_adapter=True))
     logger.info(
         "train.resume=auto: no run with these settings in %s; starting from step 0",
         settings.run or settings.output,
@@ -300,10 +305,29 @@ def is_unfinished(run: Path, now: Identity, *, is_named: bool = False) -> bool:
     config = identity_of(run)
     if config is None or not is_finished(run):
         return is_same(config, now)
+    if is_same(config, now):
+        return not is_whole(run)
     newest = latest_complete(run) if lengthens(config, as_begun(config, now)) else None
     if newest is None:
         return False
     return is_named or is_same(read_state(newest)["identity"], now)
+
+
+def latest_of(run: Path, *, is_named: bool) -> Path | None:
+    """Return the latest complete checkpoint of an unfinished run, or of one without its adapter.
+
+    Raises:
+        InputError: of the latter, which `train.run` names, there is none: a training from step 0
+            would replace its scores.
+    """
+    found = latest_complete(run)
+    damage = say_damage(run)
+    if damage and is_named and found is None:
+        raise InputError(
+            f"{damage}; no checkpoint is left that would restore it: put a copy into "
+            f"{run / ADAPTER}, or delete {run} to train it again"
+        )
+    return found
 
 
 def latest_complete(run: Path) -> Path | None:
@@ -327,15 +351,56 @@ def objective_of(scores: Settings) -> float:
     return scores["after"][scores["metric"]] if validation is None else validation
 
 
-def finished_run(output: str, now: Identity) -> Path | None:
+def is_whole(run: Path) -> bool:
+    """Return True if a run is finished and its adapter is there.
+
+    Raises:
+        InputError: its scores are damaged.
+    """
+    return is_finished(run) and not damage_of(run)
+
+
+def damage_of(run: Path) -> str:
+    """Return what is damaged in the adapter of a finished run; "" if nothing is, or not finished.
+
+    Values of tensors are not read: what uses them compares their digest.
+
+    Raises:
+        InputError: its scores are damaged.
+    """
+    if not is_finished(run):
+        return ""
+    said = f"{run} is finished, and its adapter"
+    if not (run / ADAPTER).is_dir():  # which would be asked for on the Hub
+        return f"{said} is missing"
+    adapter = Folder(run / ADAPTER)
+    try:
+        _ = adapter.config, adapter.base, adapter.shapes
+    except InputError as error:
+        return f"{said} cannot be used: {error}"
+    return ""
+
+
+def say_damage(run: Path) -> str:
+    """Log what `damage_of` returns, if anything, and return it."""
+    damage = damage_of(run)
+    if damage:
+        logger.warning("%s", damage)
+    return damage
+
+
+def finished_run(output: str, now: Identity, *, with_adapter: bool = False) -> Path | None:
     """Return the finished run with these settings in a folder of runs; None if there is none.
 
     Of several, the one whose name is last: names end with the time.
+
+    Args:
+        with_adapter: pass over those whose adapter is gone or damaged.
     """
     for file in sorted(Path(output).glob(f"*/{SCORES}"), reverse=True):
         try:
             then = identity_of(file.parent) if is_finished(file.parent) else None
-            if is_same(then, now):
+            if is_same(then, now) and not (with_adapter and say_damage(file.parent)):
                 return file.parent
         except InputError as error:
             logger.warning("skipping %s: %s", file.parent, error)
@@ -361,7 +426,7 @@ def take_job(output: str, now: Identity) -> None:
     if worker:
         raise JobSkipped(f"skipped: {worker}, works on this job")
     # checked with the lock held: another worker may have finished it just now
-    skip_finished(finished_run(output, now))
+    skip_finished(finished_run(output, now, with_adapter=True))
 
 
 def skip_finished(run: Path | None) -> None:
@@ -376,7 +441,7 @@ def skip_finished(run: Path | None) -> None:
 
 
 def finished_with(run: Path, now: Identity) -> bool:
-    """Return True if the run with these settings is finished.
+    """Return True if the run with these settings is finished and has its adapter.
 
     Args:
         now: the identity of the run that would resume it.
@@ -385,7 +450,7 @@ def finished_with(run: Path, now: Identity) -> bool:
         InputError: its scores are damaged.
     """
     try:
-        return is_finished(run) and is_same(identity_of(run), now)
+        return is_finished(run) and is_same(identity_of(run), now) and is_whole(run)
     except InputError as error:
         raise InputError(
             f"{error}; if the run was not finished, delete the file: its scores are computed again"

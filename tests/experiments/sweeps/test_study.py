@@ -1,10 +1,11 @@
 """Studies: learning rates are chosen on validation examples, seeds scored on the test set."""
 
 import json
+import shutil
 
 import pytest
 import warm_python
-from comparable import write_run
+from comparable import write_adapter, write_run
 from omegaconf import OmegaConf
 from training_fixtures import Tiny, main
 
@@ -42,6 +43,7 @@ def faked(monkeypatch) -> list[str]:
     def make(self: Study, job: StudyJob) -> tuple[StudyJob, float]:
         folders.append(str(job.folder.relative_to(self.folder)))
         write_run(job.folder, 0.5, *job.overrides, validation=0.5)
+        write_adapter(job.folder)
         job.log.write_text("")
         return job, 0.0
 
@@ -104,6 +106,16 @@ def test_a_stopped_study_resumes(tiny, tmp_path, faked, monkeypatch):
         "runs/lora/seed-0",
         "runs/lora/seed-1",
     ]
+
+
+def test_a_run_of_a_study_that_lost_its_adapter_is_due_again(tiny, tmp_path, faked):
+    one = {"contenders": [Contender("lora")], "rates": []}
+    small(tiny, tmp_path, **one).run()
+    assert faked == ["runs/lora/seed-0", "runs/lora/seed-1"]
+    shutil.rmtree(tmp_path / faked[0] / "adapter")
+    with pytest.raises(FileExistsError):  # this stand-in for a training begins in a new folder
+        small(tiny, tmp_path, **one).run()
+    assert faked == ["runs/lora/seed-0", "runs/lora/seed-1", "runs/lora/seed-0"]
 
 
 @pytest.mark.thorough
@@ -211,6 +223,7 @@ def scored(monkeypatch) -> dict[float, float | None]:
         rate = float(given["train.lr"])
         if table[rate] is not None:
             write_run(job.folder, table[rate], *job.overrides, validation=table[rate], lr=rate)
+            write_adapter(job.folder)
         return job, 0.0
 
     monkeypatch.setattr(Study, "_train", score)
@@ -265,6 +278,7 @@ def test_a_rate_is_chosen_by_three_seeds_and_the_lower_of_equals(
         if job.folder.parent.parent.name == "tune":
             tuned.append((rate, seed))
         write_run(job.folder, value, *job.overrides, validation=value, lr=rate)
+        write_adapter(job.folder)
         return job, 0.0
 
     monkeypatch.setattr(Study, "_train", score)

@@ -489,6 +489,63 @@ def test_a_finished_run_is_not_resumed(stopped):
         train([*common, "train.resume=auto"], run)
 
 
+@pytest.fixture(scope="module")
+def finished(killed, tmp_path_factory):
+    """A finished run, and its overrides."""
+    folder, common = killed
+    run = shutil.copytree(folder, tmp_path_factory.mktemp("finished") / "run")
+    return train([*common, f"train.resume={run}"], run), common
+
+
+def cut_short(run):
+    os.truncate(run / "adapter/adapter_model.safetensors", 1000)
+
+
+def without_config(run):
+    (run / "adapter/adapter_config.json").unlink()
+
+
+def without_adapter(run):
+    shutil.rmtree(run / "adapter")
+
+
+DAMAGES = {
+    cut_short: "adapter_model.safetensors cannot be read",
+    without_config: "adapter_config.json is missing",
+    without_adapter: "adapter is missing",
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"), [(cut_short, True), (without_config, True), (without_adapter, False)]
+)
+def test_a_finished_run_that_lost_its_adapter_gets_it_back(
+    finished, tmp_path, petl_log, damage, named
+):
+    """Such a run is not "finished already": its checkpoints give the adapter again."""
+    whole, common = finished
+    run = shutil.copytree(whole.path, tmp_path / "runs" / "run")
+    damage(run)
+    words = [*common, "train.resume=auto"]
+    if named:
+        train(words, run)
+    else:
+        run_in_output([*words, f"train.output={run.parent}"])
+        assert list(run.parent.iterdir()) == [run]
+    assert_equal_runs(whole, Finished(run))
+    assert DAMAGES[damage] in petl_log.text
+
+
+def test_without_a_checkpoint_a_lost_adapter_is_said_and_its_scores_stay(finished, tmp_path):
+    whole, common = finished
+    run = shutil.copytree(whole.path, tmp_path / "run")
+    without_adapter(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match=r"adapter is missing.* put a copy into .*/adapter"):
+        train([*common, "train.resume=auto"], run)
+    assert Finished(run).scores == whole.scores
+
+
 @pytest.mark.thorough
 def test_auto_says_that_a_run_of_these_settings_is_finished(tiny, tmp_path):
     """Without `train.run`: the command ends with status 0, and begins no second run."""
