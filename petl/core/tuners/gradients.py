@@ -140,7 +140,8 @@ def kinds_of(names: Iterable[str]) -> str:
 
 def has_rate(optimizer: Optimizer) -> bool:
     """Return True unless every learning rate is 0, as in the first step of a warm-up."""
-    return any(group.get("lr", 1) for group in optimizer.param_groups)
+    # None: Adafactor chooses it
+    return any(group.get("lr") != 0 for group in optimizer.param_groups)
 
 
 # of each optimizer, the modules of which it holds no tensor, and how many tensors it holds

@@ -96,9 +96,9 @@ class Findings:
         return True
 
     def add(self, name: str, severity: Severity, what: str, remedy: str = "") -> None:
-        """Add a finding, unless its check is ignored or it is known."""
+        """Add a finding, unless its check is ignored or it is known; its check counts as made."""
         finding = Finding(name, severity, what, remedy)
-        if name in self.ignore or finding in self.found:
+        if not self.wants(name) or finding in self.found:
             return
         self.found.append(finding)
         if severity == "error" and self.on == "raise" and self.is_early:

@@ -45,12 +45,12 @@ def inspect_coverage(model: nn.Module, findings: Findings) -> None:
 
 
 def inspect_optimizer(model: nn.Module, optimizer: Optimizer, findings: Findings) -> None:
-    """Check that an optimizer holds every trained tensor."""
+    """Check that an optimizer holds every trained tensor; its steps tell the rest."""
     trained = dict(trainable(model))
     sharded = any(
         not hasattr(p, "data_ptr") or type(p.data) is not Tensor for p in trained.values()
     )
-    if not trained or sharded or not findings.wants("optimizer"):
+    if not trained or sharded:
         return
     missing = trained.keys() - stepped(model, optimizer).keys()
     if missing:

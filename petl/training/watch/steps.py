@@ -1,9 +1,10 @@
 """The first steps of a training: gradients, calls, weights of micro-batches, changed tensors."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from peft import PeftModel
@@ -85,8 +86,13 @@ class Steps:
         self.uncalled: set[str] = set()  # of `layers`, in the first step
         self.micro: list[MicroBatch] = []
         self.rows: list[Row] = []
+        self.model = ref(model)  # `watch_steps` keeps this object as long as the model
         self.sums = checksums(dict(trainable(model)))
         self.unchanged: set[str] | None = None  # tensors that no step has changed
+        self.has_moved = self.is_judged = False  # any tensor has changed; all is known of changes
+        self.passes = 0  # in training, before the first step
+        self.idle = 0  # steps that found no gradient and changed nothing
+        self.has_rate, self.without_rate = False, 0  # a step with a learning rate; steps before it
         self.is_first, self.is_over = True, False
         self.of_layers: list[RemovableHandle] = [
             layer.register_forward_pre_hook(self._caller(name))
@@ -123,6 +129,7 @@ class Steps:
             return
         if not self.is_first:
             return
+        self.passes += model.training
         loss = output.get("loss") if isinstance(output, Mapping) else None
         self.rows += rows_of(kwargs)
         if not self.accumulates or not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -143,7 +150,9 @@ class Steps:
 
     def _after_step(self, model: nn.Module, optimizer: Optimizer) -> bool:
         trained = {} if self.is_over else stepped(model, optimizer)
-        if not trained:
+        # set while a GradScaler lets the optimizer itself skip a step
+        skipped = getattr(optimizer, "found_inf", None)
+        if not trained or (skipped is not None and bool(skipped)):
             return self.is_over
         findings = self.findings
         if self.is_first:
@@ -152,7 +161,10 @@ class Steps:
         # whole models have tensors that a task does not use
         severity = "error" if isinstance(model, PeftModel) else "warning"
         self._say_gradients(self.gradients.after_step(model, optimizer), severity)
-        if has_rate(optimizer) and self.unchanged != set():
+        if not has_rate(optimizer):
+            self.without_rate += not self.has_rate
+        else:
+            self.has_rate = True
             self._inspect_changes(trained, optimizer)
         try:
             findings.settle()
@@ -179,8 +191,8 @@ class Steps:
     def _say_gradients(self, absent: AbsentGradients | None, severity: Severity) -> None:
         findings = self.findings
         broken = {n for n, size in self.gradients.sizes.items() if not math.isfinite(size)}
-        if not findings.wants("gradient"):
-            return
+        if self.gradients.steps >= FEW:
+            findings.wants("gradient")
         if broken:
             findings.add(
                 "gradient",
@@ -206,20 +218,32 @@ class Steps:
 
     def _inspect_changes(self, trained: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
         """Check that steps change what they are to change, by more than rounding takes."""
-        rates = {
-            id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]
-        }
+        if self.is_judged:
+            return
         now = checksums(trained)
+        known = now.keys() & self.sums.keys()
+        same = {name for name in known if now[name] == self.sums[name]}
+        self.has_moved |= same != known
+        if all(p.grad is None for p in trained.values()):
+            self._count_idle(known, len(trained))
+            return
+        sizes = self.gradients.sizes
+        rates = {
+            id(p): float(group.get("lr") or 0)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         due = {
             name
-            for name in now.keys() & self.gradients.sizes.keys()
-            if now[name] == self.sums.get(name)
-            and rates[id(trained[name])] * self.gradients.sizes[name]
+            for name in same & sizes.keys()
+            if rates[id(trained[name])] * sizes[name]
             > 8 * torch.finfo(trained[name].dtype).eps * float(trained[name].detach().abs().max())
         }
         self.unchanged = due if self.unchanged is None else self.unchanged & due
-        if self.gradients.steps < FEW or not self.findings.wants("optimizer"):
+        if self.gradients.steps < FEW or not (self.has_moved or self.unchanged):
             return
+        self.is_judged = True
+        self.findings.wants("optimizer")
         if self.unchanged:
             self.findings.add(
                 "optimizer",
@@ -228,7 +252,47 @@ class Steps:
                 f"start after {self.gradients.steps} steps: {kinds_of(self.unchanged)}",
                 "make the optimizer of the tensors that the model has now",
             )
-        self.unchanged = set()
+
+    def _count_idle(self, known: Set[str], total: int) -> None:
+        """Count a step without any gradient; an optimizer that frees them changes tensors."""
+        if self.gradients.steps or self.has_moved or not known:
+            return
+        self.idle += 1
+        if self.idle == FEW:
+            self.findings.add(
+                "gradient",
+                "error",
+                f"none of the {total} trained tensors had a gradient in {FEW} steps, so nothing is "
+                "trained",
+                "call loss.backward() before optimizer.step(), and optimizer.zero_grad() after it",
+            )
+
+    def conclude(self) -> None:
+        """Say of a loop that has ended if no step could train anything; nothing is raised."""
+        if self.is_over or self.has_rate or not self._is_as_begun():
+            return
+        self.findings.is_early = False
+        if self.without_rate >= FEW:
+            self.findings.add(
+                "optimizer",
+                "error",
+                f"the learning rate was 0 in all {self.without_rate} steps, so nothing was trained",
+                "set a learning rate above 0",
+            )
+        elif self.is_first and self.passes >= FEW:
+            self.findings.add(
+                "optimizer",
+                "error",
+                f"no optimizer has stepped the model in {self.passes} passes, so nothing was "
+                "trained",
+                "call optimizer.step() after loss.backward()",
+            )
+
+    def _is_as_begun(self) -> bool:
+        """Return True if every trained tensor has the values of the start, as far as is known."""
+        model = self.model()
+        now = {} if model is None else checksums(dict(trainable(model)))
+        return bool(now) and now == self.sums
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -238,7 +302,7 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 def checksums(trained: dict[str, nn.Parameter]) -> dict[str, int]:
     """Return for each tensor a number that changes with any of its values; none for sharded."""
-    dense = {n: p.detach() for n, p in trained.items() if type(p.data) is Tensor}
+    dense = {n: p.detach() for n, p in trained.items() if type(p.data) is Tensor and p.numel()}
     return {n: _checksum(t) for n, t in dense.items() if t.element_size() in INTEGERS}
 
 

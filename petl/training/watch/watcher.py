@@ -96,11 +96,14 @@ class Watch(TrainerCallback, ExportableState):
         return self
 
     def __exit__(self, *error: object) -> None:
+        if any(error) and self.steps is not None:  # nothing is said of a loop that did not end
+            self.steps.close()
         self.close()
 
     def close(self) -> None:
-        """End the watch: its hooks are removed."""
+        """End the watch: say whether nothing was trained, and remove its hooks."""
         if self.steps is not None:
+            self.steps.conclude()
             self.steps.close()
 
     # Any loop

@@ -338,12 +338,144 @@ def test_every_method_is_left_alone(method):
 
 
 def own_loop(model, optimizer, steps=3):
-    model.train()
-    batch = {k: torch.tensor([r[k][:12] for r in answers(2)]) for k in ("input_ids", "labels")}
     for _ in range(steps):
-        model(**batch).loss.backward()
+        passes(model).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def passes(model):
+    batch = {k: torch.tensor([r[k][:12] for r in answers(2)]) for k in ("input_ids", "labels")}
+    return model.train()(**batch).loss
+
+
+def zeroed_too_early(model, optimizer, step):
+    passes(model).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def no_backward(model, optimizer, step):
+    passes(model)
+    optimizer.step()
+
+
+def no_rate(model, optimizer, step):
+    optimizer.param_groups[0]["lr"] = 0.0
+    passes(model).backward()
+    optimizer.step()
+
+
+def no_step(model, optimizer, step):
+    passes(model).backward()
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (zeroed_too_early, "gradient"),
+        (no_backward, "gradient"),
+        (no_rate, "optimizer"),
+        (no_step, "optimizer"),
+    ],
+)
+def test_a_loop_that_trains_nothing_is_told(body, name):
+    model = lora(lora_dropout=0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with petl.watch(model, optimizer=optimizer, on="warn") as watcher:
+        for step in range(4):
+            body(model, optimizer, step)
+        running = watcher.report()
+    (found,) = watcher.report().findings
+    assert (found.id, found.severity) == (name, "error")
+    # a loop that goes on may train yet; what could not be judged is not called fine
+    assert {"gradient", "optimizer"} - {f.id for f in running.findings} <= {*running.not_checked}
+
+
+def test_a_loop_that_trains_nothing_ends_at_its_second_step():
+    model = lora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    petl.watch(model, optimizer=optimizer)
+    no_backward(model, optimizer, 0)
+    with pytest.raises(InputError, match="none of the 8 trained tensors had a gradient"):
+        no_backward(model, optimizer, 1)
+
+
+def warmed_up(model, optimizer, step):
+    optimizer.param_groups[0]["lr"] = 1e-3 * step
+    passes(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def accumulated(model, optimizer, step):
+    passes(model).backward()
+    if step % 4 == 3:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def frozen_first(model, optimizer, step):
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.requires_grad_(step > 2)
+    loss = passes(model)
+    if step > 2:
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def skipped_first(model, optimizer, step, scaler=torch.amp.GradScaler("cpu")):  # noqa: B008
+    scaler.scale(passes(model) * (math.inf if step < 3 else 1.0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def without_torch_optimizer(model, optimizer, step):
+    passes(model).backward()
+    with torch.no_grad():
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter -= 0.01 * parameter.grad
+            parameter.grad = None
+
+
+class Freeing(torch.optim.SGD):
+    """Frees its gradients in the step."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "settings"),
+    [
+        (warmed_up, torch.optim.AdamW, {}),
+        (accumulated, torch.optim.AdamW, {}),
+        (frozen_first, torch.optim.AdamW, {}),
+        (skipped_first, torch.optim.AdamW, {"fused": False}),
+        (skipped_first, torch.optim.AdamW, {"fused": True}),
+        (without_torch_optimizer, torch.optim.SGD, {}),
+        (warmed_up, Freeing, {}),
+    ],
+)
+def test_a_loop_that_begins_late_or_in_another_way_is_left_alone(body, kind, settings):
+    model = lora()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = kind(trained, lr=1e-2, **settings)
+    with petl.watch(model, optimizer=optimizer) as watcher:
+        for step in range(8):
+            body(model, optimizer, step)
+    assert watcher.report().ok, watcher.report()
+
+
+def test_a_loop_that_an_error_ends_is_not_judged():
+    model = lora()
+    with contextlib.suppress(ZeroDivisionError), petl.watch(model) as watcher:
+        for step in range(4):
+            no_step(model, None, 1 / (3 - step))
+    assert watcher.report().ok
 
 
 def test_a_loop_of_ones_own_is_watched_and_its_hooks_are_removed():
