@@ -8,6 +8,7 @@ from training_fixtures import train
 
 from petl.cli import main
 from petl.errors import InputError
+from petl.system.files.outputs import check_output, check_output_file
 from petl.training.runs.resume import choose_checkpoint, take_job
 from petl.training.runs.settings import TrainConfig
 
@@ -51,6 +52,8 @@ PLACES = {
     "inside of the adapter": "RUN/adapter/x",
     "deep inside of the adapter": "RUN/adapter/x/y",
     "inside of a checkpoint": "RUN/checkpoints/step-000002/x",
+    "beside the checkpoints": "RUN/checkpoints/x",
+    "deep beside the checkpoints": "RUN/checkpoints/x/y",
     "a folder of somebody": "THEIRS",
     "results of another evaluation": "RESULTS",
 }
@@ -74,6 +77,19 @@ def test_no_folder_that_holds_anything_else_is_written(run, tmp_path, command, c
         assert status_of(*words) == 2, what
         assert place in capsys.readouterr().err, what
         assert content(tmp_path) == before, what
+
+
+def test_a_new_folder_in_a_run_is_written_but_never_its_checkpoints(tmp_path):
+    for name in ("config.yaml", "environment.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    check_output(tmp_path / "merged")
+    with pytest.raises(InputError, match="among the checkpoints"):
+        check_output(tmp_path / "checkpoints")
+    with pytest.raises(InputError, match="among the checkpoints"):
+        check_output_file(tmp_path / "checkpoints" / "rows.jsonl")
+    with pytest.raises(InputError, match="among the checkpoints"):
+        check_output(tmp_path / "merged" / ".." / "checkpoints" / "x")
 
 
 @pytest.mark.parametrize("place", PLACES.values())

@@ -32,6 +32,8 @@ WHOLE = (
     ("a model", ("config.json", "model.safetensors")),
     ("a model", ("config.json", "model.safetensors.index.json")),
 )
+RUN = ("config.yaml", "environment.json")  # of which every run has both
+CHECKPOINTS = "checkpoints"  # in the folder of a run
 MAX_DEPTH = 32  # of nested values
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 MAX_INTEGER = 2**64  # exclusive: seeds may have 64 bits
@@ -271,8 +273,17 @@ NOT_REGULAR = {errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR}
 
 
 def refuse_inside(path: Path) -> None:
-    """Raise InputError if a path is inside of an adapter, drafter, checkpoint or model."""
+    """Raise InputError if a path is inside of an adapter, drafter, checkpoint or model.
+
+    The folder of a run's checkpoints is refused as well: a run that resumes lists it.
+    """
     folder = path.absolute().parent.resolve()
+    for place in (path.absolute().resolve(), folder, *folder.parents):
+        if place.name == CHECKPOINTS and has_files(place.parent, RUN):
+            raise InputError(
+                f"{path} is among the checkpoints of the run {place.parent}; choose a place "
+                "outside of them"
+            )
     for parent in (folder, *folder.parents):
         kind = next((kind for kind, names in WHOLE if has_files(parent, names)), None)
         if kind is not None:

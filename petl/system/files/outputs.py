@@ -12,9 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from petl.errors import InputError
-from petl.system.files.disk import UNFINISHED, has_files, refuse_inside
-
-RUN = ("config.yaml", "environment.json")  # of which every run has both
+from petl.system.files.disk import RUN, UNFINISHED, has_files, refuse_inside
 
 
 def check_output(
@@ -29,7 +27,7 @@ def check_output(
 
     Raises:
         InputError: the folder holds anything else, or is inside of an adapter, drafter, checkpoint
-            or model.
+            or model, or among the checkpoints of a run.
     """
     if not inside:
         refuse_inside(out)

@@ -9,7 +9,7 @@ from pathlib import Path
 from petl.core.adapter_folder import Folder
 from petl.core.types import Settings
 from petl.errors import InputError, JobSkipped
-from petl.system.files.disk import MANIFEST, check_writable, refuse_inside
+from petl.system.files.disk import CHECKPOINTS, MANIFEST, check_writable, refuse_inside
 from petl.system.processes import LOCK, claim, release, try_claim
 from petl.system.settings.command_line import in_sweep
 from petl.system.settings.schema import flat
@@ -59,7 +59,6 @@ CHANGES_TRAINING = (("retain.mix", 0), ("retain.limit", None))
 LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
 PRECISION = "train.precision"
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
-CHECKPOINTS = "checkpoints"  # in the folder of a run
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps
 Identity = Mapping[str, object]  # settings by dotted name
 logger = logging.getLogger(__name__)

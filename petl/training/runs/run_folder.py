@@ -36,6 +36,7 @@ from petl.core.types import Record
 from petl.errors import InputError
 from petl.system.collectives import on_main
 from petl.system.files.disk import (
+    CHECKPOINTS,
     append_to,
     as_json,
     atomic_folder,
@@ -59,7 +60,6 @@ from petl.training.runs.records import (
     read_scores,
 )
 from petl.training.runs.resume import (
-    CHECKPOINTS,
     PRECISION,
     choose_checkpoint,
     exists_already,
