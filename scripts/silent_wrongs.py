@@ -1,6 +1,7 @@
 """Runs the public cases of silent wrongs with PEFT and Trainer, and with petl.
 
-Writes docs/silent-wrongs.md, and the picture of a refusal for README:
+Writes docs/silent-wrongs.md, the picture of a refusal for README, and the number of cases where it
+is quoted:
 
 python scripts/silent_wrongs.py            # write the page, about a minute
 python scripts/silent_wrongs.py --check    # fail if the page is not that of these versions
@@ -9,6 +10,7 @@ python scripts/silent_wrongs.py --check    # fail if the page is not that of the
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests/fixtures"
 PAGE = ROOT / "docs/silent-wrongs.md"
+QUOTED = [ROOT / name for name in ("README.md", "docs/index.md", "CHANGELOG.md")]
 PICTURE = ROOT / "docs/assets/refusal.svg"
 sys.path.insert(0, str(FIXTURES))
 
@@ -82,7 +85,7 @@ def cell(verdict: Verdict | None) -> str:
     return f"{kind}: {text if len(text) <= LENGTH else text[: LENGTH - 1] + '…'}"
 
 
-def page(versions: dict[str, str], peers: dict[str, Verdict], own: dict[str, Verdict]) -> str:
+def page_of(versions: dict[str, str], peers: dict[str, Verdict], own: dict[str, Verdict]) -> str:
     """The page as Markdown."""
     kinds = Counter(verdict.kind for verdict in own.values())
     parts = [f"{kinds[kind]} {kind}" for kind in ("right", "refuses", "warns") if kinds[kind]]
@@ -108,18 +111,25 @@ def picture(own: dict[str, Verdict]) -> str:
     return drawn("A refusal of petl in a terminal", lines)
 
 
+def quoted(text: str, count: int) -> str:
+    """A page that quotes the number of cases, with this number."""
+    return re.sub(r"\d+ public cases", f"{count} public cases", text)
+
+
 def main() -> None:
     """Write or check the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare; write nothing")
     options = parser.parse_args()
     own = petl_verdicts()
-    text = page(*peer_verdicts(), own)
-    if options.check:
-        if PAGE.read_text() != text:
-            sys.exit(f"{PAGE} is not what the cases give: run python scripts/silent_wrongs.py")
-    else:
-        PAGE.write_text(text)
+    text = page_of(*peer_verdicts(), own)
+    pages = {PAGE: text} | {page: quoted(page.read_text(), len(own)) for page in QUOTED}
+    for page, content in pages.items():
+        if not options.check:
+            page.write_text(content)
+        elif page.read_text() != content:
+            sys.exit(f"{page} is not what the cases give: run python scripts/silent_wrongs.py")
+    if not options.check:
         PICTURE.write_text(picture(own))
 
 

@@ -43,6 +43,13 @@ FORMAT = (  # others read what these have found to be right
     Rule("format.link", ERROR, contents.links, "put a copy of the file there"),
     Rule("format.code", ERROR, contents.code, "set the entry to null"),
 )
+DEAD = (
+    Rule("dead.all", ERROR, contents.without_effect, TRAIN),
+    Rule("dead.some", ERROR, contents.untrained, TRAIN),
+    Rule("dead.finite", ERROR, contents.not_finite, "go back to an earlier checkpoint"),
+    Rule("dead.rows", ERROR, contents.constant, TRAIN),
+    Rule("dead.norm", NOTE, contents.outliers),
+)
 RULES = (
     Rule("keys.prefix", ERROR, contents.prefixes, SAVE),
     Rule("keys.literal", ERROR, contents.literals),
@@ -52,11 +59,7 @@ RULES = (
     Rule("keys.ranks", ERROR, contents.ranks, FIT),
     Rule("keys.blocks", ERROR, contents.incomplete, SAVE),
     Rule("keys.end", ERROR, contents.cut_off, f"{SAVE}, or name its blocks in layers_to_transform"),
-    Rule("dead.all", ERROR, contents.without_effect, TRAIN),
-    Rule("dead.some", ERROR, contents.untrained, TRAIN),
-    Rule("dead.finite", ERROR, contents.not_finite, "go back to an earlier checkpoint"),
-    Rule("dead.rows", ERROR, contents.constant, TRAIN),
-    Rule("dead.norm", NOTE, contents.outliers),
+    *DEAD,
     Rule("scale.alpha", ERROR, contents.no_alpha, "write the value of the training there"),
     Rule(
         "scale.config", ERROR, contents.other_scale, "restore it, or delete base_fingerprint.json"
@@ -140,6 +143,12 @@ def check(
         subject.made_by(),
         not_checked + reasons,
     )
+
+
+def dead_layers(folder: Path) -> list[Finding]:
+    """Return what the rules about layers that never trained find in an adapter, but for notes."""
+    findings, _ = asked(DEAD, locate(str(folder)))
+    return [finding for finding in findings if finding.severity != NOTE]
 
 
 def asked(rules: Sequence[Rule], subject: Subject) -> tuple[list[Finding], list[tuple[str, str]]]:

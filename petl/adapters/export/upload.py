@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from petl.adapters.check.rules import dead_layers
 from petl.adapters.export.card import described
 from petl.adapters.export.saved_adapter import SavedAdapter, find
 from petl.adapters.export.shipped import MODULES, check, chosen, module_folders
@@ -71,7 +72,7 @@ def prepare(
     """Choose and check the files of a run, adapter or exported folder; the Hub is not asked.
 
     The base model in adapter_config.json, and the adapter in the code of its card, get their names
-    on the Hub in place of folders of this machine.
+    on the Hub in place of folders of this machine. Layers that never trained are warned of.
 
     Args:
         name: of the repository, for the card.
@@ -94,6 +95,8 @@ def prepare(
         if not stat.S_ISREG(files[each].lstat().st_mode):
             raise InputError(f"{files[each]} is a link: put a copy of the file in its place")
     kind = check(folder)
+    for found in dead_layers(folder) if kind == "adapter" else ():
+        logger.warning("%s: %s; %s", found.id, found.what, found.remedy)
     changed = {} if saved is None else adapted(saved, name, base)
     if saved is None and README in names:
         changed = {README: placed(read_text(folder / README), name).encode()}

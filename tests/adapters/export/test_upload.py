@@ -10,6 +10,7 @@ from task_runs import executed
 from transformers import pipeline
 
 import petl
+from petl import testing
 from petl.adapters.export.lora import export_lora
 from petl.adapters.export.merge import merge
 from petl.adapters.export.saved_adapter import find
@@ -62,6 +63,17 @@ def test_a_dry_run_lists_the_files_and_asks_nobody(mola_run, hub_server, tmp_pat
     assert prepare(folder, NAME).files.keys() == GOES_UP
     assert main.main(["push", str(folder), "a/b/c", "--dry-run"]) == 2
     assert "'a/b/c' is no name of a repository" in capsys.readouterr().err
+
+
+def test_an_adapter_without_effect_is_told_before_it_goes_up(tmp_path, capsys):
+    model = petl.wrap(testing.tiny_llama(2), "lora", r=4, task_type="CAUSAL_LM")
+    model.peft_config["default"].base_model_name_or_path = "ada/llama"
+    for stirred, told in ((False, True), (True, False)):
+        if stirred:
+            testing.stir(model)
+        model.save_pretrained(tmp_path / f"{stirred}")
+        assert main.main(["push", str(tmp_path / f"{stirred}"), NAME, "--dry-run"]) == 0
+        assert ("dead.all: no effect" in capsys.readouterr().err) == told
 
 
 def test_links_and_damaged_files_never_go_up(mola_run, hub_server, tmp_path):
