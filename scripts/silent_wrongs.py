@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests/fixtures"
 PAGE = ROOT / "docs/silent-wrongs.md"
-QUOTED = [ROOT / name for name in ("README.md", "docs/index.md", "CHANGELOG.md")]
+QUOTED = [ROOT / name for name in ("README.md", "docs/index.md")]
 PICTURE = ROOT / "docs/assets/refusal.svg"
 sys.path.insert(0, str(FIXTURES))
 

@@ -200,6 +200,19 @@ def check_saved(
     )
 
 
+def quantized_then(model: PeftModel, trained_on: Fingerprint) -> bool:
+    """Return True if the adapted weights are dense, and had no digest when the adapter trained.
+
+    Then they were quantized, sharded or offloaded, and nothing tells whether they are the same.
+    """
+    if not trained_on or facts_of(model.active_peft_config).replaces_head:
+        return False
+    modules = model.get_base_model().named_modules()
+    adapted = {f"{name}.weight" for name, m in modules if isinstance(m, BaseTunerLayer)}
+    adapted &= known_fingerprint(model).keys()
+    return bool(adapted) and adapted.isdisjoint(trained_on)
+
+
 # What the tensors mean
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NotRequired, TypedDict
 
-from petl.adapters.check.findings import Found, NotCheckedError
+from petl.adapters.check.findings import Finding, Found, NotCheckedError, Severity
 from petl.adapters.check.folder import (
     BLOCK,
     COMPRESSED,
@@ -21,8 +21,10 @@ from petl.adapters.check.folder import (
     PREFIX,
     WEIGHTS,
     Subject,
+    locate,
     module_of,
 )
+from petl.adapters.check.rule import Rule, asked
 from petl.adapters.check.weights import TensorFile
 from petl.errors import InputError, shown
 from petl.system.files.disk import sha256
@@ -407,6 +409,22 @@ def outliers(subject: Subject) -> Iterator[Found]:
     if large:
         ratio = norms[large[0]] / middle
         yield Found(f"the norm of {len(large)} layers is {ratio:,.0f} times the median", large[0])
+
+
+TRAIN = "train again: the loss must reach these layers, or leave them out of target_modules"
+DEAD = (
+    Rule("dead.all", Severity.ERROR, without_effect, TRAIN),
+    Rule("dead.some", Severity.ERROR, untrained, TRAIN),
+    Rule("dead.finite", Severity.ERROR, not_finite, "go back to an earlier checkpoint"),
+    Rule("dead.rows", Severity.ERROR, constant, TRAIN),
+    Rule("dead.norm", Severity.NOTE, outliers),
+)
+
+
+def dead_layers(folder: Path) -> list[Finding]:
+    """Return what the rules about layers that never trained find in an adapter, but for notes."""
+    findings, _ = asked(DEAD, locate(str(folder)))
+    return [finding for finding in findings if finding.severity != Severity.NOTE]
 
 
 # scale and dtype

@@ -1,14 +1,14 @@
 """The table of all rules, and `check`, which asks each of them."""
 
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from petl.adapters.check import chat, contents, serving, with_base
-from petl.adapters.check.findings import Checked, Finding, Found, NotCheckedError, Severity
-from petl.adapters.check.folder import CONFIG, Subject, locate
+from petl.adapters.check.findings import Checked, NotCheckedError, Severity
+from petl.adapters.check.folder import CONFIG, locate
+from petl.adapters.check.rule import Rule, asked
 from petl.adapters.export.engines import ENGINES
 from petl.errors import InputError, choose
 from petl.system.files.read import iterate_json_lines
@@ -17,18 +17,8 @@ ROWS = 32  # of a file of data
 NOTE, WARNING, ERROR = Severity.NOTE, Severity.WARNING, Severity.ERROR
 
 
-class Rule(NamedTuple):
-    """A rule: GROUP.NAME, how much its findings weigh, what finds them, and what mends them."""
-
-    id: str
-    severity: Severity
-    find: Callable[[Subject], Iterator[Found]]
-    remedy: str = ""
-
-
 SAVE = "save the adapter again by save_pretrained of the unwrapped model"
 FIT = "restore the config of the training, target_modules, modules_to_save, r and rank_pattern"
-TRAIN = "train again: the loss must reach these layers, or leave them out of target_modules"
 RESIZE = "base.resize_token_embeddings(len(tokenizer)) before the adapter is loaded, and save both"
 TEMPLATES = "tokenizer.save_pretrained(FOLDER) with the template of the training"
 FOLD = (
@@ -43,13 +33,6 @@ FORMAT = (  # others read what these have found to be right
     Rule("format.link", ERROR, contents.links, "put a copy of the file there"),
     Rule("format.code", ERROR, contents.code, "set the entry to null"),
 )
-DEAD = (
-    Rule("dead.all", ERROR, contents.without_effect, TRAIN),
-    Rule("dead.some", ERROR, contents.untrained, TRAIN),
-    Rule("dead.finite", ERROR, contents.not_finite, "go back to an earlier checkpoint"),
-    Rule("dead.rows", ERROR, contents.constant, TRAIN),
-    Rule("dead.norm", NOTE, contents.outliers),
-)
 RULES = (
     Rule("keys.prefix", ERROR, contents.prefixes, SAVE),
     Rule("keys.literal", ERROR, contents.literals),
@@ -59,7 +42,7 @@ RULES = (
     Rule("keys.ranks", ERROR, contents.ranks, FIT),
     Rule("keys.blocks", ERROR, contents.incomplete, SAVE),
     Rule("keys.end", ERROR, contents.cut_off, f"{SAVE}, or name its blocks in layers_to_transform"),
-    *DEAD,
+    *contents.DEAD,
     Rule("scale.alpha", ERROR, contents.no_alpha, "write the value of the training there"),
     Rule(
         "scale.config", ERROR, contents.other_scale, "restore it, or delete base_fingerprint.json"
@@ -70,7 +53,7 @@ RULES = (
     Rule("base.others", NOTE, with_base.others_differ),
     Rule("base.name", NOTE, with_base.other_name),
     Rule("base.head", NOTE, with_base.same_head),
-    Rule("base.effect", ERROR, with_base.effect, TRAIN),
+    Rule("base.effect", ERROR, with_base.effect, contents.TRAIN),
     Rule("merge.loss", ERROR, with_base.rounded_off, "petl merge --dtype float32"),
     Rule("merge.kept", NOTE, with_base.merges),
     Rule("tied.merge", WARNING, serving.tied, "do not merge it: petl serve"),
@@ -143,23 +126,3 @@ def check(
         subject.made_by(),
         not_checked + reasons,
     )
-
-
-def dead_layers(folder: Path) -> list[Finding]:
-    """Return what the rules about layers that never trained find in an adapter, but for notes."""
-    findings, _ = asked(DEAD, locate(str(folder)))
-    return [finding for finding in findings if finding.severity != NOTE]
-
-
-def asked(rules: Sequence[Rule], subject: Subject) -> tuple[list[Finding], list[tuple[str, str]]]:
-    """Return the findings of rules, and which of them cannot tell, with the reason."""
-    findings, not_checked = [], []
-    for rule in rules:
-        try:
-            found = [*rule.find(subject)]
-        except (NotCheckedError, InputError) as reason:
-            not_checked.append((rule.id, str(reason)))
-            continue
-        for what, where, remedy in found:
-            findings.append(Finding(rule.id, rule.severity, what, where, remedy or rule.remedy))
-    return findings, not_checked

@@ -59,6 +59,12 @@ def merged_model(saved: SavedAdapter, *, lossy: bool = False) -> tuple[PreTraine
         )
         saved = saved.dense()
     model = saved.model()
+    if saved.run is None and fingerprint.quantized_then(model, saved.folder.base):
+        logger.warning(
+            "the weights that the adapter changes were quantized, sharded or offloaded when it "
+            "trained, so they are not compared: the update of a QLoRA belongs to the dequantized "
+            "weights, into which `petl merge RUN` merges; these differ from them by rounding"
+        )
     adapted = Reference.of(model, saved.batches())
     unwrap_trained(model, keep=True)  # trained heads become part of the merged model
     with Pass("merging the adapter", None, quiet=True):

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from petl.adapters.check.rules import dead_layers
+from petl.adapters.check.contents import dead_layers
 from petl.adapters.export.card import described
 from petl.adapters.export.saved_adapter import SavedAdapter, find
 from petl.adapters.export.shipped import MODULES, check, chosen, module_folders
