@@ -912,14 +912,14 @@ class CheckAdapterOptions(Options):
 
     PATH is the folder of an adapter from anywhere (PEFT, unsloth, LLaMA-Factory, axolotl, TRL,
     petl), of a run, or a repository on the Hub, of which only the adapter is downloaded. No pickle
-    is read, no code is run, and no model is loaded without --base.
+    is read, no code is run, and no weights of a model are loaded without --base.
 
       petl check runs/mine
       petl check OWNER/NAME --engine vllm
       petl check FOLDER --base BASE --data rows.jsonl
 
-    Exit status: 0 without errors (with --strict, and without warnings), 1 with one, 2 if PATH
-    cannot be read. What could not be checked is listed with the reason.
+    Exit status: 0 without errors (with --strict, and without warnings), 1 with one, 2 if PATH or
+    the base cannot be read. What could not be checked is listed with the reason.
     """
 
     path: str = argument(

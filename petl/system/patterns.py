@@ -70,6 +70,16 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
         config: of an adapter that was made elsewhere.
         names: those of the modules to match.
     """
+    if risky := risky_patterns(config):
+        _match_in_time(risky, list(names))
+
+
+def risky_patterns(config: Any) -> dict[str, str]:
+    """Return the expressions that may take long to match, each with how a message names it.
+
+    Raises:
+        InputError: one is invalid, or too long to be read.
+    """
     risky = {}
     for field, pattern in patterns_of(config):
         if len(pattern) > MAX_LENGTH:
@@ -87,8 +97,7 @@ def check_patterns(config: Any, names: Iterable[str]) -> None:
         many = ways(pattern) > 0 and ways(expression) > MAX_WAYS
         if many or RISKY.search(expression):
             risky[expression] = f"{field}={shown(pattern)}"
-    if risky:
-        _match_in_time(risky, list(names))
+    return risky
 
 
 def _match_in_time(patterns: Mapping[str, str], names: list[str]) -> None:

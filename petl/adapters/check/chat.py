@@ -1,7 +1,7 @@
 """Rules about tokenizer and chat template: vocabulary, template, stop."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from petl.adapters.check.findings import Found, NotCheckedError
@@ -89,10 +89,16 @@ def no_template(subject: Subject) -> Iterator[Found]:
         return
     if subject.rows is None:
         raise NotCheckedError(NO_ROWS)
-    turns = [row for row in subject.rows if "messages" in row or "conversations" in row]
-    if turns:
-        what = f"{len(turns)} of {len(subject.rows)} rows are chats"
+    chats = [row for row in subject.rows if is_chat(row)]
+    if chats:
+        what = f"{len(chats)} of {len(subject.rows)} rows are chats"
         yield Found(f"{what}, and the folder has no template", subject.name)
+
+
+def is_chat(row: Mapping[str, object]) -> bool:
+    """Return True if a row has a list of turns."""
+    turns = row.get("messages", row.get("conversations"))
+    return isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
 
 
 def other_template(subject: Subject) -> Iterator[Found]:

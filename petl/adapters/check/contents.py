@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any, NotRequired, TypedDict
 
 from petl.adapters.check.findings import Finding, Found, NotCheckedError, Severity
@@ -18,6 +20,7 @@ from petl.adapters.check.folder import (
     COMPRESSED,
     CONFIG,
     FINGERPRINT,
+    LORA,
     PREFIX,
     WEIGHTS,
     Subject,
@@ -28,7 +31,9 @@ from petl.adapters.check.rule import Rule, asked
 from petl.adapters.check.weights import TensorFile
 from petl.errors import InputError, shown
 from petl.system.files.disk import sha256
+from petl.system.files.paths import LABELS
 from petl.system.files.read import read_json
+from petl.system.patterns import risky_patterns
 from petl.system.values import type_problem
 
 # format
@@ -46,6 +51,19 @@ class Config(TypedDict, total=False):
     layers_to_transform: list[int] | int | None
     auto_mapping: dict[str, Any] | None
     trainable_token_indices: list[int] | dict[str, list[int]] | None
+    layers_pattern: list[str] | str | None
+
+
+class OtherFields(Config, total=False):
+    """Those that methods beside LoRA have, with patterns."""
+
+    feedforward_modules: list[str] | str | None
+    exclude_params: list[str] | str | None
+    rank_pattern: dict[str, Any] | None
+    alpha_pattern: dict[str, Any] | None
+    lambda_pattern: dict[str, Any] | None
+    block_size_pattern: dict[str, Any] | None
+    n_frequency_pattern: dict[str, Any] | None
 
 
 class LoraFields(Config, total=False):
@@ -93,21 +111,41 @@ def unknown_type(subject: Subject) -> Iterator[Found]:
     kind = subject.config.get("peft_type")
     if (isinstance(kind, str) and kind in peft_types()) or layout_of(subject):
         return
-    # a package may register a method, for which PEFT has to be imported
-    from petl.core.compat import config_class
-
-    if not isinstance(kind, str) or config_class(kind) is None:
+    if not isinstance(kind, str) or not is_registered(kind):
         yield Found(f"peft_type={shown(kind)}, which neither PEFT nor petl knows", CONFIG)
 
 
+def is_registered(kind: str) -> bool:
+    """Return True if a package that is installed, or that this process has imported, has a type.
+
+    PEFT, which takes seconds to import, is imported only if there is such a package.
+    """
+    from petl.system.imports.peft_hook import plugins
+
+    if "peft" not in sys.modules and not plugins():
+        return False
+    from petl.core.compat import config_class
+
+    return config_class(kind) is not None
+
+
 def wrong_values(subject: Subject) -> Iterator[Found]:
-    """Entries of the config of a wrong type, or out of range."""
-    problem = type_problem(subject.config, LoraFields if subject.kind == "LORA" else Config)
+    """Entries of the config of a wrong type, out of range, or no regular expressions."""
+    problem = type_problem(subject.config, LoraFields if subject.kind == "LORA" else OtherFields)
     if subject.kind == "LORA" and not problem:
         ranks = [subject.config.get("r", 1), *(subject.config.get("rank_pattern") or {}).values()]
         problem = f"a rank of {min(ranks)}, which is below 1" if min(ranks) < 1 else ""
+    problem = problem or _pattern_problem(subject)
     if problem:
         yield Found(problem, CONFIG)
+
+
+def _pattern_problem(subject: Subject) -> str:
+    try:
+        risky_patterns(SimpleNamespace(**subject.config))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def foreign(subject: Subject) -> Iterator[Found]:
@@ -133,7 +171,7 @@ def layout_of(subject: Subject) -> str:
 
 
 def unreadable(subject: Subject) -> Iterator[Found]:
-    """No file of weights, a damaged one, or one that is a pickle."""
+    """No file of weights, a damaged one, one that is a pickle, or one of integers."""
     if layout_of(subject) or subject.has(COMPRESSED) or WEIGHTS in subject.links:
         return
     if WEIGHTS not in subject.files:
@@ -142,10 +180,17 @@ def unreadable(subject: Subject) -> Iterator[Found]:
         yield Found(f"no {WEIGHTS}{also}", subject.name)
         return
     try:
-        if not TensorFile(subject.folder / WEIGHTS).stored:
-            yield Found("the file has no tensors: the adapter is empty", WEIGHTS)
+        stored = TensorFile(subject.folder / WEIGHTS).stored
     except InputError as error:
         yield Found(str(error), WEIGHTS)
+        return
+    if not stored:
+        yield Found("the file has no tensors: the adapter is empty", WEIGHTS)
+    factors = {n: s for n, s in stored.items() if subject.kind == "LORA" and LORA.search(n)}
+    whole = [name for name, each in factors.items() if not each.is_float]
+    if whole:
+        what = f"{len(whole)} of {len(stored)} tensors are {stored[whole[0]].dtype}"
+        yield Found(f"{what}, and a LoRA has floating-point numbers", whole[0])
 
 
 def links(subject: Subject) -> Iterator[Found]:
@@ -165,6 +210,7 @@ def code(subject: Subject) -> Iterator[Found]:
 
 # keys
 
+CLASSIFIER = re.compile(r"(^|\.)(classifier|score)\.")  # by PEFT's names
 WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 BESIDE = re.compile(  # biases, and embeddings that PEFT saves with an adapter
     r"\.(bias|trainable_tokens_\w+|(embed_tokens|lm_head|wte|embed_in|embed_out|shared|word_\w+|"
@@ -249,8 +295,18 @@ def absent(subject: Subject) -> Iterator[Found]:
             yield Found(f"{', '.join(found)} of {field} has no tensor: the base's is used", CONFIG)
 
 
+def no_head(subject: Subject) -> Iterator[Found]:
+    """A LoRA of a classifier without a tensor of its head: each program draws another one."""
+    task, names = subject.config.get("task_type"), subject.weights.stored
+    is_known = subject.has(LABELS) or any(CLASSIFIER.search(module_of(name)) for name in names)
+    # of modules that the config names, `absent` tells
+    is_known = is_known or subject.config.get("modules_to_save") or subject.kind != "LORA"
+    if task in ("SEQ_CLS", "TOKEN_CLS") and not is_known:
+        yield Found(f"task_type={task}, and no tensor of a classification head", WEIGHTS)
+
+
 def unpaired(subject: Subject) -> Iterator[Found]:
-    """Modules with A alone or B alone, or with shapes that do not multiply."""
+    """Modules with A alone or B alone, shapes that do not multiply, or DoRA without magnitude."""
     pairs = subject.pairs
     single = [path for path, parts in pairs.items() if not {"lora_A", "lora_B"} <= parts.keys()]
     other = [
@@ -263,6 +319,10 @@ def unpaired(subject: Subject) -> Iterator[Found]:
     if other:
         shapes = [list(each.shape) for each in pairs[other[0]].values()]
         yield Found(f"{len(other)} pairs do not multiply: {shapes}", other[0])
+    bare = [path for path, parts in pairs.items() if "lora_magnitude_vector" not in parts]
+    if bare and subject.config.get("use_dora"):
+        what = f"{len(bare)} of {len(pairs)} modules have no lora_magnitude_vector"
+        yield Found(f"{what}, and use_dora is true", bare[0])
 
 
 def ranks(subject: Subject) -> Iterator[Found]:
@@ -384,6 +444,23 @@ def untrained(subject: Subject) -> Iterator[Found]:
             yield Found(f"{what}: they never trained", zero[0])
 
 
+def zeroed(subject: Subject) -> Iterator[Found]:
+    """Trained modules and magnitudes of zeros, which replace those of the base."""
+    weights, is_lora = subject.weights, subject.kind == "LORA"
+    factors = {name: end[1] for name in weights.stored if (end := LORA.search(name))}
+    copies = {n: f".{module_of(n)}" for n in weights.stored if n not in factors}
+    for module in subject.config.get("modules_to_save") or ():
+        of_it = [name for name, path in copies.items() if f".{module}." in path]
+        matrices = [name for name in of_it if len(weights.stored[name].shape) > 1]
+        if matrices and all(weights.is_zero(name) for name in matrices):
+            what = f"{module} of modules_to_save is zero: its outputs do not depend on its inputs"
+            yield Found(what, matrices[0])
+    found = [n for n, part in factors.items() if is_lora and "magnitude" in part]
+    if zero := [name for name in found if weights.is_zero(name)]:
+        what = f"lora_magnitude_vector of {len(zero)} of {len(found)} layers is zero"
+        yield Found(f"{what}: their outputs do not depend on their inputs", zero[0])
+
+
 def not_finite(subject: Subject) -> Iterator[Found]:
     """Entries that are infinite or NaN."""
     weights = subject.weights
@@ -411,11 +488,13 @@ def outliers(subject: Subject) -> Iterator[Found]:
         yield Found(f"the norm of {len(large)} layers is {ratio:,.0f} times the median", large[0])
 
 
+EARLIER = "go back to an earlier checkpoint"
 TRAIN = "train again: the loss must reach these layers, or leave them out of target_modules"
 DEAD = (
     Rule("dead.all", Severity.ERROR, without_effect, TRAIN),
     Rule("dead.some", Severity.ERROR, untrained, TRAIN),
-    Rule("dead.finite", Severity.ERROR, not_finite, "go back to an earlier checkpoint"),
+    Rule("dead.zero", Severity.ERROR, zeroed, EARLIER),
+    Rule("dead.finite", Severity.ERROR, not_finite, EARLIER),
     Rule("dead.rows", Severity.ERROR, constant, TRAIN),
     Rule("dead.norm", Severity.NOTE, outliers),
 )
@@ -431,14 +510,18 @@ def dead_layers(folder: Path) -> list[Finding]:
 
 
 def no_alpha(subject: Subject) -> Iterator[Found]:
-    """A LoRA without lora_alpha, or with one of 0."""
+    """A LoRA without lora_alpha, or with one of 0 or below."""
     alpha, pattern = subject.config.get("lora_alpha"), subject.config.get("alpha_pattern") or {}
     if subject.kind != "LORA":
         return
     if alpha is None:
         yield Found("lora_alpha is missing: PEFT would take its default of 8", CONFIG)
-    elif not all((alpha, *pattern.values())):
+        return
+    values = (alpha, *pattern.values())
+    if not all(values):
         yield Found("a lora_alpha of 0: the layers with it have no effect", CONFIG)
+    if min(values) < 0:
+        yield Found(f"a lora_alpha of {min(values):g}: the update would be subtracted", CONFIG)
 
 
 class Meaning(TypedDict):

@@ -50,6 +50,7 @@ class BaseConfig(TypedDict, total=False):
     """What is asked of a base model's config.json."""
 
     vocab_size: int
+    hidden_size: int
     num_hidden_layers: int
     n_layer: int  # the same in GPT-2, as the next in DistilBERT
     n_layers: int
@@ -57,6 +58,12 @@ class BaseConfig(TypedDict, total=False):
     is_encoder_decoder: bool
     tie_word_embeddings: bool
     eos_token_id: int | list[int]
+
+
+class Index(TypedDict):
+    """What is asked of a model.safetensors.index.json: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +257,27 @@ class Subject:
         if count is None or config.get("is_encoder_decoder") or config.get("num_kv_shared_layers"):
             raise NotCheckedError(f"how many blocks have the targets: its config differs; {way}")
         return count
+
+    @cached_property
+    def base_folder(self) -> Path | None:
+        """The folder of the base's config, if it is on this machine and not the adapter's own."""
+        file = self.beside("config.json")
+        if file is None or file.parent.resolve().is_relative_to(self.folder.resolve()):
+            return None
+        return file.parent
+
+    @cached_property
+    def base_tensors(self) -> dict[str, Stored]:
+        """The tensors of the base by name, as its files have them; {}: these are not at hand."""
+        index = self.beside("model.safetensors.index.json")
+        content = read_json(index, Index) if index else {"weight_map": {"": "model.safetensors"}}
+        found: dict[str, Stored] = {}
+        for name in {*content["weight_map"].values()}:
+            file = self.beside(name) if Path(name).name == name else None
+            if file is None:
+                return {}
+            found |= TensorFile(file).stored
+        return found
 
     def generation(self) -> dict[str, Any] | None:
         """Return the generation config: the adapter's, or else the base's; None: neither."""

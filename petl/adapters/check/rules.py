@@ -11,6 +11,7 @@ from petl.adapters.check.folder import CONFIG, locate
 from petl.adapters.check.rule import Rule, asked
 from petl.adapters.export.engines import ENGINES
 from petl.errors import InputError, choose
+from petl.system.files.paths import is_repository
 from petl.system.files.read import iterate_json_lines
 
 ROWS = 32  # of a file of data
@@ -38,6 +39,7 @@ RULES = (
     Rule("keys.literal", ERROR, contents.literals),
     Rule("keys.target", ERROR, contents.strangers, FIT),
     Rule("keys.absent", WARNING, contents.absent, "check the spelling, or leave it out"),
+    Rule("keys.head", ERROR, contents.no_head, SAVE),
     Rule("keys.pairs", ERROR, contents.unpaired, SAVE),
     Rule("keys.ranks", ERROR, contents.ranks, FIT),
     Rule("keys.blocks", ERROR, contents.incomplete, SAVE),
@@ -48,12 +50,14 @@ RULES = (
         "scale.config", ERROR, contents.other_scale, "restore it, or delete base_fingerprint.json"
     ),
     Rule("format.changed", ERROR, contents.changed, "restore it, or delete base_fingerprint.json"),
-    Rule("base.fits", ERROR, with_base.misfit, "--base with the model that it was trained on"),
+    Rule("base.fits", ERROR, with_base.misfit, "use the base and the config of the training"),
     Rule("base.adapted", ERROR, with_base.other_weights, "use the base of the training"),
     Rule("base.others", NOTE, with_base.others_differ),
     Rule("base.name", NOTE, with_base.other_name),
     Rule("base.head", NOTE, with_base.same_head),
     Rule("base.effect", ERROR, with_base.effect, contents.TRAIN),
+    Rule("base.outputs", ERROR, with_base.unusable, contents.EARLIER),
+    Rule("base.rows", NOTE, with_base.rows_used),
     Rule("merge.loss", ERROR, with_base.rounded_off, "petl merge --dtype float32"),
     Rule("merge.kept", NOTE, with_base.merges),
     Rule("tied.merge", WARNING, serving.tied, "do not merge it: petl serve"),
@@ -94,12 +98,17 @@ def check(
         data: JSON Lines with rows of the training, such as chats; the first 32 are read.
 
     Raises:
-        InputError: there is no adapter, or a file that was named is no JSON.
+        InputError: there is no adapter, a file that was named is no JSON or has no rows, or the
+            base cannot be opened.
     """
     if engine is not None:
         choose(ENGINES, engine, "engine")
+    if base is not None and not Path(base).is_dir() and not is_repository(str(base)):
+        raise InputError(f"base={str(base)!r} is not the folder of a model, nor a name on the Hub")
     read = iterate_json_lines(Path(data), dict[str, Any]) if data is not None else None
     rows = None if read is None else [*islice(read, ROWS)]
+    if rows == []:
+        raise InputError(f"{data} has no rows: give a file with one JSON object a line")
     subject = locate(
         str(path),
         base=None if base is None else str(base),

@@ -7,11 +7,21 @@ import checked_folders as folders
 import pytest
 import torch
 from mixtures import SIZES
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import petl
 from petl.core.fingerprint import seal
+from petl.testing.case import stir
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -137,6 +147,88 @@ def test_outputs_that_do_not_change_are_an_error(saved, tmp_path):
     checked = petl.check(folder, base=folders.base(), data=rows)
     assert ids(checked) == {"base.effect"}
     assert "on 2 rows" in next(f.what for f in checked if f.id == "base.effect")
+
+
+ODD = (
+    *({}, {"text": 5}, {"text": ""}, {"text": " "}, {"messages": 5}, {"messages": ["a"]}),
+    *({"messages": []}, {"messages": [{"role": 5}]}, {"conversations": []}),
+    {"messages": [{"role": "refused", "content": "a"}]},
+)
+
+
+@pytest.mark.parametrize("others", [[{"text": "some words"}], []])
+def test_rows_that_cannot_be_encoded_are_left_out_and_counted(others, saved, tmp_path):
+    folder = saved()
+    refusal = "{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no role') }}"
+    template = folders.CHATML.replace(" %}", f" %}}{refusal}{{% endif %}}", 1)
+    folders.save_tokenizer(folder, template)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in (*ODD, *others)))
+    checked = petl.check(folder, base=folders.base(), data=rows)
+    told = [f.what for f in checked if f.id == "base.rows"]
+    if others:
+        assert f"1 of {len(ODD) + 1} rows; without line 1: " in told[0]
+    else:
+        assert "line 1: " in dict(checked.not_checked)["base.effect"]
+    assert not ids(checked) & {"base.effect", "base.outputs"}
+
+
+def test_an_encoder_decoder_is_compared_on_rows(tmp_path):
+    sizes = {"vocab_size": 272, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
+    base = T5ForConditionalGeneration(T5Config(**sizes, num_heads=4, decoder_start_token_id=0))
+    base.save_pretrained(tmp_path / "base")
+    folders.save_tokenizer(tmp_path / "base")
+    config = LoraConfig(target_modules=["q"], task_type="SEQ_2_SEQ_LM")
+    stir(get_peft_model(base, config)).save_pretrained(tmp_path / "adapter")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "some words"}\n')
+    checked = petl.check(tmp_path / "adapter", base=tmp_path / "base", data=rows)
+    assert "base.rows" in {found.id for found in checked}, checked.not_checked
+
+
+@pytest.mark.parametrize("base", ["/no/such", "no/such", "empty"])
+def test_a_base_that_cannot_be_opened_is_an_error_of_the_user(base, saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(petl.InputError, match=r"such|empty"):
+        petl.check(saved(), base=tmp_path / base if base == "empty" else base)
+
+
+def test_a_tokenizer_that_does_not_suit_the_base_is_a_finding(saved):
+    folder = saved()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new {i}>" for i in range(20)])
+    tokenizer.save_pretrained(folder)
+    checked = petl.check(folder, base=folders.base())
+    assert ids(checked) == {"vocabulary.tokens"}
+    assert "280 tokens" in dict(checked.not_checked)["base.fits"]
+
+
+@pytest.mark.parametrize("fields", [{"lora_alpha": -16}, {"trainable_token_indices": [-3]}])
+def test_an_adapter_that_petl_refuses_is_an_error(fields, tmp_path):
+    folder = tmp_path / "adapter"
+    config = LoraConfig(**folders.QV, trainable_token_indices=[3])
+    stir(get_peft_model(folders.tiny(), config)).save_pretrained(folder)
+    folders.change(folder, **fields)
+    assert "base.fits" in ids(petl.check(folder, base=folders.base()))
+
+
+def test_outputs_that_are_nan_are_an_error_of_their_own(saved):
+    assert ids(petl.check(saved(make=lambda v: 1e30 * v), base=folders.base())) == {"base.outputs"}
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_outputs_that_are_the_same_for_all_inputs_are_one_too(bias, tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    base = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4))
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    model = stir(get_peft_model(base, config))
+    head = model.get_base_model().classifier.modules_to_save["default"]
+    head.weight.data.fill_(0)
+    head.bias.data.fill_(bias)
+    model.save_pretrained(tmp_path / "adapter")
+    found = ids(petl.check(tmp_path / "adapter", base=tmp_path / "base"))
+    assert found == {"dead.zero", "base.outputs"}
 
 
 def test_a_head_that_equals_the_base_is_noted(tmp_path):

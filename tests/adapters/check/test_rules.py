@@ -191,6 +191,9 @@ SICK = {
     "unknown method": ("format.type", config(peft_type="LORAX")),
     "text for a rank": ("format.values", config(r="8")),
     "rank 0": ("format.values", config(r=0)),
+    "no regular expression": ("format.values", config(target_modules="((")),
+    "none for a rank": ("format.values", config(rank_pattern={"(((": 4})),
+    "number for a pattern": ("format.values", config(layers_pattern=[5])),
     "mlx": ("format.layout", config(fine_tune_type="lora", lora_parameters={"rank": 8})),
     "torchtune": (
         "format.layout",
@@ -210,6 +213,7 @@ SICK = {
     "pickle": ("format.weights", pickled),
     "truncated": ("format.weights", lambda f: os.truncate(f / WEIGHTS, 4000)),
     "empty": ("format.weights", tensors(lambda found: {})),
+    "integers": ("format.weights", each("lora_", lambda v: (100 * v).to(torch.int8))),
     "code": ("format.code", config(megatron_core="os")),
     "no prefix": ("keys.prefix", renamed("base_model.model.", "")),
     "compiled": ("keys.prefix", renamed("base_model.model.", "base_model.model._orig_mod.")),
@@ -219,6 +223,8 @@ SICK = {
     "other block": ("keys.target", config(layers_to_transform=[0])),
     "misspelt target": ("keys.absent", config(target_modules=["q_proj", "v_proj", "v_porj"])),
     "head not saved": ("keys.absent", config(modules_to_save=["score"])),
+    "classifier without head": ("keys.head", config(task_type="SEQ_CLS")),
+    "no magnitudes": ("keys.pairs", config(use_dora=True)),
     "half of a pair": (
         "keys.pairs",
         tensors(lambda found: {k: v for k, v in found.items() if f"{BLOCK_1}_B" not in k}),
@@ -239,6 +245,10 @@ SICK = {
     "constant": ("dead.rows", each(f"{BLOCK_1}_A", torch.ones_like)),
     "no alpha": ("scale.alpha", without("lora_alpha")),
     "alpha 0": ("scale.alpha", config(lora_alpha=0)),
+    "alpha below 0": ("scale.alpha", config(lora_alpha=-16)),
+    "alpha of a layer below 0": ("scale.alpha", config(alpha_pattern={"q_proj": -16})),
+    "other prefix": ("base.fits", renamed("_model.model.", "_model.model.language_model.")),
+    "other width": ("base.fits", each("lora_A", lambda v: torch.cat([v, v], 1))),
     "changed weights": ("format.changed", each(f"{BLOCK_1}_B", lambda v: 1.001 * v)),
     "other alpha": ("scale.config", config(lora_alpha=64)),
     "other scale": ("scale.config", config(alpha_pattern={"q_proj": 64})),
@@ -307,6 +317,63 @@ def test_where_nothing_tells_the_number_of_blocks_a_command_does(counts, tmp_pat
     assert f"petl check {folder} --base" in reason
 
 
+@pytest.mark.parametrize(("kind", "part"), [("dora", "magnitude"), ("head", "score")])
+def test_zeros_in_place_of_weights_of_the_base_are_an_error(kind, part, tmp_path):
+    folder = shutil.copytree(folders.healthy(kind, "llama-factory"), tmp_path / "adapter")
+    each(part, torch.zeros_like)(folder)
+    assert ids(folder) == {"dead.zero"}
+
+
+def no_weights(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+
+
+def in_shards(base: Path) -> None:
+    no_weights(base)
+    folders.tiny().save_pretrained(base, max_shard_size="20KB")
+    assert len([*base.glob("*.safetensors")]) > 1
+
+
+def of_four_bits(base: Path) -> None:
+    found = load_file(base / "model.safetensors")
+    packed = {k: v.flatten()[:1].to(torch.uint8) for k, v in found.items()}
+    save_file(packed, base / "model.safetensors")
+
+
+@pytest.mark.every_cell
+@pytest.mark.parametrize("damage", ["other prefix", "other width", None])
+@pytest.mark.parametrize("form", [no_weights, in_shards, of_four_bits])
+def test_a_base_on_this_machine_tells_names_and_sizes(form, damage, tmp_path):
+    folder = shutil.copytree(folders.healthy("lora", "llama-factory"), tmp_path / "adapter")
+    form(shutil.copytree(folders.base(), tmp_path / "base"))
+    folders.change(folder, base_model_name_or_path=str(tmp_path / "base"))
+    if damage is not None:
+        SICK[damage][1](folder)
+    # of packed weights, sizes are not known without the model
+    is_known = damage is not None and (form, damage) != (of_four_bits, "other width")
+    assert ids(folder) == ({"base.fits"} if is_known else set())
+    # the model, which takes seconds to build, was not asked
+    assert ("base.fits" in dict(petl.check(folder).not_checked)) == (not is_known)
+
+
+def test_a_module_that_the_base_has_and_its_files_do_not_name_fits(tmp_path):
+    """A tied head is in no file."""
+    base = folders.tiny(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    targets = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
+    stir(get_peft_model(base, targets)).save_pretrained(tmp_path / "adapter")
+    folders.change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    assert ids(tmp_path / "adapter") == {"tied.merge"}
+
+
+def test_a_base_in_the_folder_of_the_adapter_is_not_built(tmp_path):
+    """It may be a stranger's: of a thousand million blocks, say."""
+    folder = shutil.copytree(folders.healthy("lora", "peft"), tmp_path / "adapter")
+    shutil.copytree(folders.base(), folder / "base")
+    SICK["other width"][1](folder)
+    assert "base.fits" in dict(petl.check(folder).not_checked)
+
+
 def test_notes_do_not_count(tmp_path):
     folder = shutil.copytree(folders.healthy("lora", "peft"), tmp_path / "adapter")
     each(f"{BLOCK_1}_B", lambda v: 1e5 * v)(folder)
@@ -348,9 +415,9 @@ def test_a_tied_head_is_told_by_the_config_of_the_base(engine, wanted, tmp_path)
 
 def test_chats_without_a_template_are_told(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"messages": []}\n{"text": "a"}\n')
+    rows.write_text('{"messages": []}\n{"text": "a"}\n{"messages": 5}\n{"messages": ["a"]}\n')
     checked = petl.check(folders.healthy("lora", "peft"), data=rows)
-    assert "1 of 2 rows" in next(f.what for f in checked if f.id == "template.missing")
+    assert "1 of 4 rows" in next(f.what for f in checked if f.id == "template.missing")
 
 
 @pytest.mark.parametrize(("part", "is_left_out"), [("p.text", False), ("", True)])
@@ -370,12 +437,14 @@ def test_a_template_of_contents_in_parts_writes_answers(part, is_left_out, tmp_p
 # Reading
 
 
-def test_no_model_library_is_imported_without_a_base():
+def test_no_model_library_is_imported_without_a_base(tmp_path):
+    unknown = shutil.copytree(folders.healthy("lora", "peft"), tmp_path / "adapter")
+    folders.change(unknown, peft_type="LORAX")
     script = (
-        "import sys, petl; petl.check(sys.argv[1]); "
+        "import sys, petl; [petl.check(folder) for folder in sys.argv[1:]]; "
         "print({'torch', 'peft', 'transformers'} & {*sys.modules})"
     )
-    words = [sys.executable, "-c", script, folders.healthy("lora", "petl")]
+    words = [sys.executable, "-c", script, folders.healthy("lora", "petl"), unknown]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -392,6 +461,9 @@ def test_what_is_no_adapter_is_refused(tmp_path):
         petl.check(tmp_path, engine="vlm")
     with pytest.raises(petl.InputError, match="not the folder"):
         petl.check(tmp_path / "no" / "such")
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(petl.InputError, match="has no rows"):
+        petl.check(folders.healthy("lora", "peft"), data=tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
