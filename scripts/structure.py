@@ -33,14 +33,14 @@ BUDGETS = {
     "data": 17660,
     "training": 17495,
     "methods": 19920,
-    "adapters": 9365,
+    "adapters": 9685,
     "generation": 8095,
     "experiments": 8825,
     "cli": 4808,
     "testing": 3175,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16650, "tests": 89000}
+OTHERS = {"scripts": 16650, "tests": 89150}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
