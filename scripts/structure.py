@@ -28,19 +28,19 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3815,
     "ops": 3680,
-    "core": 14865,
+    "core": 14880,
     "efficiency": 10215,
     "data": 17660,
-    "training": 17495,
+    "training": 17625,
     "methods": 19920,
-    "adapters": 9685,
+    "adapters": 9710,
     "generation": 8095,
     "experiments": 8825,
     "cli": 4808,
     "testing": 3175,
 }
 OWN_LINES = 360  # of the files directly in petl/
-OTHERS = {"scripts": 16650, "tests": 89150}
+OTHERS = {"scripts": 16660, "tests": 89475}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
