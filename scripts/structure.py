@@ -39,7 +39,7 @@ BUDGETS = {
     "cli": 4808,
     "testing": 3175,
 }
-OWN_LINES = 415  # of the files directly in petl/
+OWN_LINES = 415
 OTHERS = {"scripts": 16660, "tests": 89475}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
