@@ -185,7 +185,9 @@ def type_name(hint: object) -> str:
     if isinstance(hint, type) and not get_args(hint):
         return "null" if hint is NoneType else hint.__name__
     if get_origin(hint) in (typing.Union, UnionType):
-        return " | ".join(map(type_name, get_args(hint)))
+        # sorted, null last: typing caches equal unions, so their order depends on the imports
+        names = sorted(map(type_name, get_args(hint)), key=lambda name: (name == "null", name))
+        return " | ".join(names)
     return str(hint).replace("typing.", "")
 
 

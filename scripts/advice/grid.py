@@ -21,7 +21,7 @@ import pandas as pd
 
 from advice.tasks import TASKS, Task
 from petl.cli.train import trial
-from petl.errors import Diverged, RunStopped
+from petl.errors import Diverged, InputError, RunStopped, UnsupportedError
 from petl.experiments.advice.candidates import OTHERS, RANKS, SIMPLEST, at, words_of
 from petl.experiments.advice.evidence import Setting
 from petl.experiments.advice.schedule import LAST_SHARE, first_steps
@@ -37,6 +37,7 @@ DATA = "data"  # the folder of the files of all tasks, in that of the runs
 TABLE = Path(__file__).with_name("grid.csv")
 AT_A_TIME, PASS = 8, 16  # runs that train together; of which there are models at a time
 SEEDS = range(3)
+REFUSALS = (InputError, UnsupportedError)
 METHOD_RANKS = {SIMPLEST: RANKS, **{method: (rank,) for method, rank in OTHERS.items()}}
 COMMON = (
     *("train.epochs=null", "train.linear_probe=false", "train.score_before=false"),
@@ -134,6 +135,8 @@ class Unit:
     def train(self) -> float:
         """Make the runs that are not finished; return the processor seconds of that.
 
+        A method that refuses the task's model has rows without scores: advice does not try it.
+
         Raises:
             RunStopped: a signal ended them, or some failed for another reason than their rate.
         """
@@ -145,14 +148,18 @@ class Unit:
             for first in range(0, len(due), PASS)
             for problem in self._train(due[first : first + PASS])
         ]
-        if failed:
+        refused = [error for _, error in failed if isinstance(error, REFUSALS)]
+        if len(refused) == len(self.cells):
+            logger.warning("%s, %s: refused: %s", self.task.name, self.method, refused[0])
+        elif failed:
+            log, error = failed[0]
             raise RunStopped(
-                f"{len(failed)} of {len(self.cells)} runs failed, such as {failed[0]}; the same "
+                f"{len(failed)} of {len(self.cells)} runs failed, such as {log}: {error}; the same "
                 "command continues"
             )
         return time.process_time() - begun
 
-    def _train(self, folders: Sequence[Path]) -> list[str]:
+    def _train(self, folders: Sequence[Path]) -> list[tuple[Path, BaseException]]:
         """Make runs; return the log and error of those that failed for other reasons than a rate.
 
         Raises:
@@ -166,9 +173,12 @@ class Unit:
         if signalled:
             status = app.SIGNALLED + signalled
             raise RunStopped("interrupted; the same command continues", status=status)
-        failed = [job for job in jobs if job.error and not isinstance(job.error, Diverged)]
-        found = [f"{job.log}: {job.error}" for job in failed]
-        del jobs, failed
+        found = [
+            (job.log, job.error.with_traceback(None))  # which holds models
+            for job in jobs
+            if job.error and not isinstance(job.error, Diverged)
+        ]
+        del jobs
         gc.collect()  # models, which refer to themselves
         return found
 

@@ -26,7 +26,7 @@ from advice.replay import (
 from advice.tasks import TASKS
 from comparable import write_run
 
-from petl.errors import Diverged, RunStopped
+from petl.errors import Diverged, InputError, RunStopped
 from petl.experiments.advice.candidates import Constraint, at, needs, shortlist
 from petl.experiments.advice.evidence import Setting
 
@@ -322,3 +322,31 @@ def test_a_stopped_grid_goes_on_where_it_was(tmp_path, monkeypatch):
     grid.train(tmp_path / "runs", ["verbs"])
     assert {name.split("-")[0] for name in runs.asked[-1]} == {"r16"}
     assert len(grid.read_table()) == 15
+
+
+def test_a_method_that_refuses_the_model_of_a_task_has_rows_without_scores(tmp_path, monkeypatch):
+    changed = {"METHOD_RANKS": {"mos": (16,)}, "TABLE": tmp_path / "grid.csv"}
+    for name, value in changed.items():
+        monkeypatch.setattr(grid, name, value)
+    monkeypatch.setattr(grid, "TASKS", [replace(TASKS[0], powers=(0, 1))])
+    refused = {"seed0"}
+
+    def runs(jobs, at_a_time):
+        for job in jobs:
+            name = job.log.stem
+            if any(part in name for part in refused):
+                job.error = InputError("r=16 is too large")
+            else:
+                job.error = Diverged("training diverged")
+        return 0
+
+    monkeypatch.setattr(grid, "train_runs", runs)
+    with pytest.raises(RunStopped, match="r=16 is too large"):  # some are a fault of this machine
+        grid.train(tmp_path / "runs", ["verbs"])
+    assert not changed["TABLE"].exists()
+    refused |= {"seed1", "seed2"}
+    grid.train(tmp_path / "runs", ["verbs"])
+    table = grid.read_table()
+    assert len(table) == len(Unit(grid.TASKS[0], "mos", tmp_path, tmp_path).cells)
+    assert not table.get("validation", pd.Series(dtype=float)).notna().any()
+    grid.train(tmp_path / "runs", ["verbs"])  # nothing is left to do

@@ -255,7 +255,7 @@ def test_a_claim_is_tried_written_and_resumed(claim, tmp_path, made, monkeypatch
     monkeypatch.setattr(page, "CLAIMS", {"tiny": claim})
     monkeypatch.setattr(pictures, "CLAIMS", {"tiny": claim})
     shown = tmp_path / "published"
-    assert pictures.publish(tmp_path, shown, tmp_path / "assets") == ["tiny"]
+    assert pictures.publish(tmp_path, shown, tmp_path / "assets", ["tiny"]) == ["tiny"]
     monkeypatch.setattr(page, "read_published", lambda: results.read_published(shown))
     text = page.page()
     mean = rank.mean
@@ -322,7 +322,7 @@ def test_results_of_other_comparisons_are_refused(claim, tmp_path, monkeypatch):
     other.write(tmp_path)
     monkeypatch.setattr(pictures, "CLAIMS", {"tiny": claim})
     with pytest.raises(InputError, match="estimate of '0'"):
-        pictures.publish(tmp_path, tmp_path / "published", tmp_path)
+        pictures.publish(tmp_path, tmp_path / "published", tmp_path, ["tiny"])
     assert not (tmp_path / "published").exists()
 
 

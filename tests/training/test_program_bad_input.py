@@ -61,7 +61,7 @@ def check(status, output, message, folder):
     assert "Traceback" not in output
     assert "Error executing job" not in output
     # lines about the progress may come before
-    before = ("loading model path", "adapters reach")
+    before = ("loading model path", "adapters reach", "train.precision=auto: ")
     output = "".join(x for x in output.splitlines(keepends=True) if not x.startswith(before))
     assert output.startswith("error: "), output
     assert output.count("\n") == 1, output

@@ -147,6 +147,7 @@ def test_a_layer_that_no_lora_may_adapt_is_not_converted(tmp_path):
 
 
 @pytest.mark.parametrize(("left_out", "told"), [("gate_proj", 0), ("no_such_layer", 1)])
-def test_a_layer_that_was_left_out_is_not_told_as_missing(left_out, told, recwarn):
+def test_a_layer_that_was_left_out_is_not_told_as_missing(left_out, told, recwarn, caplog):
     petl.wrap(tiny_llama(), "mola", exclude_modules=[left_out])
-    assert sum("no modules were excluded" in str(each.message) for each in recwarn) == told
+    assert sum("exclude_modules" in each for each in caplog.messages) == told
+    assert not recwarn  # PEFT's warning of the same says it once more

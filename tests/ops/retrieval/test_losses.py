@@ -243,6 +243,8 @@ def test_matryoshka_equals_that_of_sentence_transformers():
         def get_embedding_dimension(self):
             return D
 
+        _get_untruncated_embedding_dimension = get_embedding_dimension  # its name since 6.3
+
     model = Model()
     inner = losses.MultipleNegativesRankingLoss(model)
     theirs = losses.MatryoshkaLoss(model, inner, [12, 6, 2])
