@@ -14,9 +14,7 @@ from claims.results import Result, read
 WIDTH = 46  # characters of a line of a statement
 
 
-def publish(
-    folder: Path, results: Path, assets: Path, names: Collection[str]
-) -> list[str]:
+def publish(folder: Path, results: Path, assets: Path, names: Collection[str]) -> list[str]:
     """Copy the results of a folder, draw their pictures, and return the names of its claims.
 
     Args:
