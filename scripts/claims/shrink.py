@@ -79,6 +79,7 @@ def contenders(dense: Path, out: Path, sparsity: float, widths: str) -> dict[str
         out: beside which the shrunk model and its recoveries are kept.
     """
     settings: dict[str, Any] = {"sparsity": sparsity, "widths": widths, "heads": False}
+    settings |= {"multiple": 8, "metric": "angular"}  # the defaults of `petl shrink`
     work = Work(Source.at(str(dense), None, []), settings, out)
     record = work.earlier()
     if record is None:
