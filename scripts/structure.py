@@ -27,11 +27,11 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3815,
-    "ops": 3680,
+    "ops": 3690,
     "core": 14880,
-    "efficiency": 10215,
+    "efficiency": 10240,
     "data": 17660,
-    "training": 17625,
+    "training": 17680,
     "methods": 19920,
     "adapters": 9710,
     "generation": 8095,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3175,
 }
 OWN_LINES = 415
-OTHERS = {"scripts": 16660, "tests": 89475}
+OTHERS = {"scripts": 16670, "tests": 89680}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

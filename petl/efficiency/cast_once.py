@@ -4,14 +4,16 @@ On a CPU, where autocast makes products in bfloat16 several times as fast, a ste
 spends a part of its time on them. The copies take half as much memory as the weights in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from petl.core.support import Capability
 from petl.efficiency.rewrite import Rewrite, Value
-from petl.ops.packed import CAST, CastLinear
+from petl.ops.packed import CAST, CastLinear, HeldLinear
+from petl.system.collectives import is_sharded
 
 
 class CastOnce(Rewrite):
@@ -46,10 +48,33 @@ class CastOnce(Rewrite):
                 layer.__class__ = nn.Linear
 
 
+@contextmanager
+def cast_for_decoding(model: nn.Module) -> Generator[None]:
+    """Inside the block, cast frozen weights once under autocast on a CPU, and not for each token.
+
+    A token costs little more than reading the weights, and casting them reads and writes as much
+    again. No weight may change inside the block; afterwards the copies are gone.
+    """
+    changed = []
+    if torch.is_autocast_enabled("cpu") and not is_sharded(model):
+        frozen = (layer for layer in _frozen(model) if layer.weight.device.type == "cpu")
+        changed = [(layer, type(layer)) for layer in frozen]
+    for layer, _ in changed:
+        vars(layer).pop(CAST, None)  # an older copy may miss a change through `.data`
+        layer.__class__ = HeldLinear
+    try:
+        yield
+    finally:
+        for layer, kind in changed:
+            vars(layer).pop(CAST, None)
+            layer.__class__ = kind
+
+
 def _frozen(model: nn.Module) -> Iterator[nn.Linear]:
     """Yield the linear layers whose weight autocast would cast in each pass."""
     for layer in model.modules():
-        if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
+        is_own = isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, CastLinear)
+        if is_own and type(layer.weight) is nn.Parameter:
             weight = layer.weight
             # a tensor of inference mode has no version
             if (

@@ -23,6 +23,7 @@ LINEAR = (
     nn.Linear,
     packed.PackedLinear,
     packed.CastLinear,
+    packed.HeldLinear,
     ExpertLinear,
 )  # exactly these: a subclass may compute something else
 

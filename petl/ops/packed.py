@@ -71,6 +71,16 @@ class CastLinear(nn.Linear):
         return {name: value for name, value in vars(self).items() if name != CAST}
 
 
+class HeldLinear(CastLinear):
+    """nn.Linear that computes with its cast copy under autocast on a CPU, without gradients."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        is_cast = torch.is_autocast_enabled("cpu") and input.dtype != torch.float64
+        if torch.is_grad_enabled() or not is_cast or torch.compiler.is_compiling():
+            return super().forward(input)
+        return F.linear(input, self.weight_in(torch.get_autocast_dtype("cpu")), self.bias)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x W^T + b`, [..., O], for x [..., I] and W [O, I], by an active packed copy."""
     # a compiled graph would keep the choice that was right when it was traced

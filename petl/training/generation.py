@@ -48,6 +48,7 @@ def written(
         InputError: the model has a table of positions, and a prompt leaves none for an answer.
     """
     # imported only where rows are generated
+    from petl.efficiency.cast_once import cast_for_decoding
     from petl.efficiency.in_place_cache import cache_arguments
 
     base, tokenizer = base_of(model), tokenizer_in(processor)
@@ -62,16 +63,17 @@ def written(
             more["encoder_input_ids"] = behind_prefix(tokenizer, prompts[0], prefix)
     if "custom_generate" not in more:  # which does so itself
         more |= cache_arguments(model)
-    generated = cast(CausalModel, model).generate(
-        **more,
-        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=answer_ends(tokenizer.eos_token_id, base, chat),
-        pad_token_id=pad_id(tokenizer),
-        synced_gpus=is_sharded(model),
-    )
+    with cast_for_decoding(model):
+        generated = cast(CausalModel, model).generate(
+            **more,
+            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=answer_ends(tokenizer.eos_token_id, base, chat),
+            pad_token_id=pad_id(tokenizer),
+            synced_gpus=is_sharded(model),
+        )
     # a decoder returns the prompt as well
     new = generated if is_pair(model) else generated[:, inputs["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new, skip_special_tokens=True)

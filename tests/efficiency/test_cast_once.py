@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 
+from petl.efficiency.cast_once import cast_for_decoding
 from petl.efficiency.rewrite import apply_rewrites, rewrite
 from petl.errors import UnsupportedError
+from petl.ops import packed
 from petl.testing import Case
 
 SETTING = "cast_once"
@@ -100,3 +102,44 @@ def test_weights_that_train_or_are_in_bfloat16_are_left_alone():
     half = wrapped("lora on bert").to(torch.bfloat16)
     with pytest.raises(UnsupportedError, match="float32"):
         rewrite(SETTING).apply(half)
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_decoding_casts_a_frozen_weight_once_and_writes_the_same(in_training, monkeypatch):
+    model = wrapped("lora", *[SETTING] * in_training).eval()
+    prompt = {name: CASES["lora"].batch()[name][:2, :6] for name in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "output_scores": True}
+
+    def answers():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model.generate(**prompt, **settings, return_dict_in_generate=True).scores
+
+    expected, kinds, casts = answers(), [type(each) for each in model.modules()], []
+    weight_in = packed.CastLinear.weight_in
+
+    def counted(layer, dtype):
+        weight = weight_in(layer, dtype)
+        casts.append(weight.data_ptr())
+        return weight
+
+    monkeypatch.setattr(packed.CastLinear, "weight_in", counted)
+    for change in (None, in_place, by_assignment):
+        if change is not None:
+            change(model)
+            expected = answers()
+            casts.clear()
+        with torch.autocast("cpu", torch.bfloat16), cast_for_decoding(model):
+            assert_equal(answers(), expected)
+        assert len(casts) > 3 * len(set(casts)) > 0  # each copy serves all tokens
+    assert [type(each) for each in model.modules()] == kinds
+    assert not any(packed.CAST in vars(each) for each in model.modules())
+
+
+def test_decoding_in_float32_and_passes_with_gradients_use_no_copy():
+    model = wrapped("lora").eval()
+    with cast_for_decoding(model):
+        assert all(type(each) is not packed.HeldLinear for each in model.modules())
+    expected = step(model, "lora")
+    with torch.autocast("cpu", torch.bfloat16), cast_for_decoding(model):
+        found = step(model, "lora")
+    assert_equal(found, expected)

@@ -156,3 +156,23 @@ def counting(decode, drafted):
         return decode(*args, **kwargs)
 
     return counted
+
+
+def test_answers_in_bfloat16_are_written_from_weights_that_were_cast_once(monkeypatch):
+    tokenizer = byte_tokenizer(pad_token="<|im_end|>")
+    model = petl.wrap(testing.tiny_llama(vocabulary=260), "lora", task_type="CAUSAL_LM").eval()
+    weight, casts = model.get_base_model().lm_head.weight, []
+    monkeypatch.setattr(torch.Tensor, "to", counting_to(torch.Tensor.to, weight, casts))
+    with torch.autocast("cpu", torch.bfloat16):
+        texts = generation.written(model, tokenizer, [[50, 60, 50, 60], [70, 80, 90]], 12)
+    assert len(casts) == 1
+    assert len(texts) == 2
+
+
+def counting_to(to, weight, casts):
+    def counted(tensor, *args, **options):
+        if tensor.data_ptr() == weight.data_ptr() and args == (torch.bfloat16,):
+            casts.append(args)
+        return to(tensor, *args, **options)
+
+    return counted

@@ -59,23 +59,26 @@ def automatic(source: ModelSource) -> str:
             f"{ASKED}={asked}, as accelerate launch --mixed_precision sets it: allowed are "
             f"{' and '.join(CHOICES)}; or set train.precision of the run"
         )
-    return asked or ("bf16" if _share(source) <= PAYS else "no")
+    share = None if asked else _share(source)
+    return asked or ("bf16" if share is not None and share <= PAYS else "no")
 
 
-def _share(source: ModelSource) -> float:
-    """Return the time of bfloat16 for a model, float32's as unit; 1 if it is known to save none."""
+def _share(source: ModelSource) -> float | None:
+    """Return the time of bfloat16 for a model, float32's as unit; None where it is not tried."""
     device = device_of_run()
     if not bf16_units(device):
-        return 1.0
+        return None
     with resolve_name("petl.data.models.loading:loading")(source):
         width = getattr(source.config().get_text_config(), "hidden_size", None)
     if not isinstance(width, int) or width < NARROW:
-        return 1.0
+        return None
     return resolve_name("petl.training.distributed.trial:share_of_float32")(width, device)
 
 
 def described(precision: str, source: ModelSource) -> str:
     """Describe an autocast precision that `auto` stands for, with the reason for it."""
+    if source.dtype == "bfloat16":
+        return "bf16 (model.dtype=bfloat16, with an adapter in float32)"
     device = device_of_run()
     units = bf16_units(device)
     why = [f"{device.type} has {units or 'no products in bfloat16'}"]
@@ -83,7 +86,7 @@ def described(precision: str, source: ModelSource) -> str:
         why = [f"{ASKED} is set to {os.environ[ASKED]}"]
     elif units:
         share = _share(source)
-        why.append(f"a step takes {share:.2f} of float32's time" if share != 1 else NO_TRIAL)
+        why.append(NO_TRIAL if share is None else f"a step takes {share:.2f} of float32's time")
     elif precision == "bf16":
         why.append("and emulates them, which is slow")
     return f"{'float32' if precision == 'no' else precision} ({', '.join(why)})"

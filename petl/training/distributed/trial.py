@@ -3,6 +3,7 @@
 import logging
 import time
 from functools import cache
+from pathlib import Path
 
 import torch
 import xxhash
@@ -18,7 +19,8 @@ from petl.training.runs.environment import device_name, processor_name
 
 HEAD, WIDEST = 32, 1024  # width of an attention head; of a block: a wider one gains as much
 ON_CPU, ELSEWHERE = (8, 32), (8, 512)  # texts, and tokens of each
-SECONDS, ROUNDS = 1.0, 3  # about so long; at least so many steps of each precision
+SECONDS, ROUNDS = 1.0, 5  # about so long; at least so many steps of each precision
+PLAUSIBLE = (0.02, 50.0)  # fractions outside of it come from a damaged file, not from a clock
 logger = logging.getLogger(__name__)
 
 
@@ -34,13 +36,12 @@ def share_of_float32(width: int, device: torch.device) -> float:
     """
     width = max(HEAD, min(width, WIDEST) // HEAD * HEAD)
     about = (width, device_name(device), processor_name(), torch.get_num_threads())
-    key = xxhash.xxh3_128_hexdigest(repr((*about, torch.__version__)).encode())
+    how = (SECONDS, ROUNDS, torch.__version__)
+    key = xxhash.xxh3_128_hexdigest(repr((*about, *how)).encode())
     file = cache_folder() / "precision" / f"{key}.json"
-    if file.exists():
-        try:
-            return read_json(file, dict[str, float])["fraction"]
-        except (InputError, KeyError) as error:
-            logger.warning("%s is damaged (%s): measuring again", file, error)
+    known = _kept(file)
+    if known is not None:
+        return known
     found = measure(width, device)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +49,24 @@ def share_of_float32(width: int, device: torch.device) -> float:
     except OSError as error:
         logger.info("the trial of bfloat16 is not kept: %s (%s)", file, error.strerror)
     return found
+
+
+def _kept(file: Path) -> float | None:
+    """Return the result of an earlier trial; None without one that can be read and used."""
+    try:
+        if not file.exists():
+            return None
+        fraction = read_json(file, dict[str, float])["fraction"]
+    except OSError as error:  # such as another user's folder
+        logger.info("%s cannot be read (%s): measuring again", file, error.strerror)
+        return None
+    except (InputError, KeyError) as error:
+        logger.warning("%s is damaged (%s): measuring again", file, error)
+        return None
+    if PLAUSIBLE[0] <= fraction <= PLAUSIBLE[1]:
+        return fraction
+    logger.warning("%s is damaged (fraction is %s): measuring again", file, fraction)
+    return None
 
 
 def measure(width: int, device: torch.device) -> float:
@@ -76,8 +95,9 @@ def measure(width: int, device: torch.device) -> float:
 
         for bf16 in (True, False):  # weights are cast, kernels are chosen
             step(bf16=bf16)
-        end, pairs = time.perf_counter() + SECONDS, []
-        while len(pairs) < ROUNDS or time.perf_counter() < end:
+        # by the same clock: on a busy machine as many steps as on an idle one
+        end, pairs = clock() + SECONDS, []
+        while len(pairs) < ROUNDS or clock() < end:
             pairs.append((step(bf16=True), step(bf16=False)))
     half, full = map(min, zip(*pairs, strict=True))  # the least disturbed of each
     return half / full

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from petl.core.adapter_folder import Folder
@@ -263,12 +264,7 @@ def latest(settings: TrainConfig, now: Identity) -> Path | None:
     if settings.run:
         run = Path(settings.run)
         skip_finished(run if finished_with(run, now) else None)
-        folders = [run]
-    else:
-        # whatever they are called; of alike names, which end with the time, the latest comes first
-        found_runs = Path(settings.output).glob(f"*/{CONFIG}")
-        folders = sorted((file.parent for file in found_runs), reverse=True)
-    for folder in folders:
+    for folder in _folders(settings):
         try:
             if not is_unfinished(folder, now, is_named=settings.run is not None):
                 continue
@@ -289,6 +285,30 @@ def latest(settings: TrainConfig, now: Identity) -> Path | None:
         "train.resume=auto: no run with these settings in %s; starting from step 0",
         settings.run or settings.output,
     )
+    return None
+
+
+def _folders(settings: TrainConfig) -> list[Path]:
+    """The folders in which `train.resume=auto` looks for a run, in this order."""
+    if settings.run:
+        return [Path(settings.run)]
+    # whatever they are called; of alike names, which end with the time, the latest comes first
+    found_runs = Path(settings.output).glob(f"*/{CONFIG}")
+    return sorted((file.parent for file in found_runs), reverse=True)
+
+
+def begun_precision(settings: TrainConfig, now: Identity) -> str | None:
+    """Return what `train.precision=auto` was for the run that `train.resume=auto` goes on with.
+
+    Nothing is locked. None: such a run begins now, or the settings name its precision.
+    """
+    if now.get(PRECISION) != AUTO or settings.resume != AUTO:
+        return None
+    for folder in _folders(settings):
+        with suppress(InputError):  # of which the run will say so
+            found = latest_complete(folder) if is_same(identity_of(folder), now) else None
+            if found is not None:
+                return str(read_state(found)["identity"].get(PRECISION, "no"))
     return None
 
 

@@ -28,6 +28,7 @@ from petl.training.dataloader import FirstBatches
 from petl.training.distributed.precision import device_of_run
 from petl.training.loop import Loop, Stepwise
 from petl.training.runs.checkpoint import checkpoints, read_state
+from petl.training.runs.resume import begun_precision, identity
 from petl.training.runs.run_config import read_config
 from petl.training.runs.run_folder import Run
 from petl.training.together.driver import Together, Training
@@ -67,8 +68,11 @@ class RunJob(Training):
         self.result: float | None = None
         with self.own():
             self.cfg = compose()
-            # of this machine: auto, and what the type of the model needs, are values like others
-            self.precision = read_config(self.cfg).precision
+            # auto, and what the type of the model needs, are values like others; a run that is
+            # resumed keeps what auto was for it, maybe on another machine
+            config = read_config(self.cfg)
+            begun = begun_precision(config.train, identity(config.resolved))
+            self.precision = begun or config.precision
 
     @property
     def is_over(self) -> bool:

@@ -1,5 +1,8 @@
 """What `train.precision=auto` chooses for a device."""
 
+import errno
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -89,13 +92,50 @@ def test_by_default_the_precision_is_what_a_trial_found_faster(trial, has_bf16, 
 
 def test_a_trial_is_made_once_on_a_machine_and_again_if_its_file_is_damaged(trial, tmp_path):
     tried = trial(has_bf16=True, fraction=0.7)
-    for damage in (None, None, "{", '{"fraction": "x"}', "{}"):
+    for damage in (None, None, "{", '{"fraction": "x"}', "{}", *map(fraction_of, (-1, 0, 1e9))):
         if damage is not None:
             (file,) = (tmp_path / "precision").iterdir()
             file.write_text(damage)
         bf16_trial.share_of_float32.cache_clear()
         assert run_of().precision == "bf16"
-    assert tried == [384] * 4
+    assert tried == [384] * 7
+
+
+def fraction_of(value: float) -> str:
+    return json.dumps({"fraction": value})
+
+
+def test_a_cache_that_cannot_be_read_leads_to_a_trial(trial, monkeypatch):
+    tried = trial(has_bf16=True, fraction=0.7)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert bf16_trial.share_of_float32(384, CPU) == 0.7
+    assert tried == [384]
+
+
+def test_a_busy_processor_makes_as_many_steps_as_an_idle_one(monkeypatch):
+    def steps(*, share: float) -> int:
+        """The steps of a trial whose process gets a share of the processor."""
+        made, now = [], [0.0]
+
+        class Step(torch.nn.Module):
+            config = SimpleNamespace(vocab_size=4)
+
+            def forward(self, input_ids):
+                made.append(1)
+                now[0] += 0.01
+                return SimpleNamespace(last_hidden_state=torch.ones(2, requires_grad=True))
+
+        monkeypatch.setattr(bf16_trial, "_model", lambda width: Step())
+        monkeypatch.setattr(bf16_trial.time, "process_time", lambda: now[0])
+        monkeypatch.setattr(bf16_trial.time, "perf_counter", lambda: now[0] / share)
+        bf16_trial.measure(64, CPU)
+        return len(made)
+
+    assert steps(share=0.1) == steps(share=1) > 50
 
 
 @pytest.mark.parametrize(
@@ -134,6 +174,24 @@ def test_a_precision_is_described_with_its_reason(trial):
     assert described("bf16", source) == "bf16 (cpu has AMX, a step takes 0.70 of float32's time)"
     narrow = run_of("model.architecture=bert", "+model.settings.hidden_size=64", model="config")
     assert "which pays for states of 128 numbers or more" in described("no", narrow.model)
+
+
+def test_a_trial_that_saves_nothing_is_described_as_one(trial):
+    trial(has_bf16=True, fraction=1.0)
+    assert (
+        described("no", run_of().model)
+        == "float32 (cpu has AMX, a step takes 1.00 of float32's time)"
+    )
+
+
+@pytest.mark.parametrize("asked", ["no", None])
+def test_of_a_model_in_bfloat16_its_dtype_is_the_reason(trial, monkeypatch, asked):
+    tried = trial(has_bf16=True, fraction=1.3)
+    if asked:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    run = run_of("model.dtype=bfloat16")
+    assert described(run.precision, run.model).startswith("bf16 (model.dtype=bfloat16")
+    assert not tried
 
 
 def test_of_a_machine_without_bfloat16_it_is_said(trial, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from training_fixtures import Finished, train, train_until_killed
+from training_fixtures import Finished, launch, train, train_until_killed
 
 from petl.training.compose import compose
 from petl.training.distributed import precision, trial
@@ -57,6 +57,7 @@ def test_a_run_resumes_as_it_began_on_a_machine_for_which_auto_is_another_precis
     assert stored(run) == began
     said = {"bf16": "bf16 (cpu has no products in bfloat16", "no": "float32 (cpu has AMX"}
     assert f"train.precision=auto: {said[began]}" in petl_log.text
+    assert "of float32's time), as this run began" in petl_log.text or began == "bf16"
 
 
 @pytest.mark.thorough
@@ -102,3 +103,22 @@ def test_a_folder_without_checkpoint_starts_again_with_the_precision_of_this_mac
     machine(has_bf16=False)
     train([*common, "train.resume=auto"], run)
     assert stored(run) == "no"
+
+
+OTHER_BY_RANK = """
+import os
+from petl.training.distributed import precision
+precision.automatic = lambda source: "no" if os.environ["RANK"] == "1" else "bf16"
+"""
+
+
+@pytest.mark.thorough
+def test_processes_that_would_choose_otherwise_have_the_precision_of_the_first(tiny, tmp_path):
+    common = [*tiny.steady, "+method=lora", "train.steps=2", "train.log_steps=1"]
+    one, two = (tmp_path / name for name in ("one", "two"))
+    ran = launch([*common, AUTO, f"train.run={one}"], tmp_path, processes=2, code=OTHER_BY_RANK)
+    assert ran.returncode == 0, ran.stderr
+    ran = launch([*common, "train.precision=bf16", f"train.run={two}"], tmp_path, processes=2)
+    assert ran.returncode == 0, ran.stderr
+    assert stored(one) == "bf16"
+    assert_equal_runs(Finished(two), Finished(one))

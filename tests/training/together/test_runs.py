@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training_fixtures import drawing_once, main
+from training_fixtures import drawing_once, main, train_until_killed
 
 from petl.cli.train import train
 from petl.system.processes import release_all
 from petl.system.settings.command_line import as_run
 from petl.training.compose import compose
+from petl.training.distributed import precision, trial
 from petl.training.loop import Loop
 from petl.training.together.runs import RunGroup, RunJob
 
@@ -121,3 +122,23 @@ def test_runs_of_one_computed_precision_share_passes_whatever_the_setting(tiny, 
     (wrong,) = jobs_of(tiny.steady, tmp_path / "wrong", 1, "train.lr=-1")
     assert not RunGroup([wrong], 1).waiting  # it has ended, before anything is loaded
     assert "train.lr=-1.0" in wrong.log.read_text()
+
+
+@pytest.mark.thorough
+def test_a_run_that_goes_on_keeps_its_precision_among_runs_that_begin(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(precision, "NARROW", 1)
+    monkeypatch.setattr(precision, "bf16_units", lambda _: "AMX")
+    share = {"is": 0.5}  # of float32's time, on the machine
+    monkeypatch.setattr(trial, "share_of_float32", lambda *_: share["is"])
+    words = ("train.precision=auto", "train.save_steps=2")
+    (job,) = jobs_of(tiny.steady, tmp_path / "straight", 1, *words)
+    main()(compose(job.words))
+    (job,) = jobs_of(tiny.steady, tmp_path / "runs", 1, *words)
+    train_until_killed(job.words, tmp_path / "runs" / "0", 5)
+    release_all()
+    share["is"] = 2.0  # and now on another
+    jobs = jobs_of(tiny.steady, tmp_path / "runs", 2, *words)
+    assert [job.precision for job in jobs] == ["bf16", "no"]
+    runs = finished(jobs, 2)
+    assert results(runs[0]) == results(tmp_path / "straight" / "0")
