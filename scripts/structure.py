@@ -28,7 +28,7 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3815,
     "ops": 3690,
-    "core": 14880,
+    "core": 14890,
     "efficiency": 10240,
     "data": 17660,
     "training": 17680,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3175,
 }
 OWN_LINES = 415
-OTHERS = {"scripts": 16670, "tests": 89680}
+OTHERS = {"scripts": 16675, "tests": 89680}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -386,8 +386,8 @@ def figures(*, run: bool) -> list[Figure]:
         count = re.search(r"^(\d+) files$", quickstart.stdout, re.MULTILINE)
         assert count is not None, quickstart.stdout
         found += [
-            Figure("files in three steps of the quickstart", int(count[1]), 120),
-            Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 170),
+            Figure("files in three steps of the quickstart", int(count[1]), 123),
+            Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 172),
             Figure("files in a training pass of a MoLA layer", len(forward_files("mola")), 5),
             Figure("files in a training pass of a fused LoRA", len(forward_files("lora")), 3),
         ]

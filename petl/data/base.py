@@ -13,7 +13,6 @@ import numpy as np
 from omegaconf import DictConfig
 
 from petl.data import SOURCES
-from petl.data.faulty_rows import Origin
 from petl.data.tasks import NEW_TOKENS, NO_TEXT, TASKS
 from petl.data.validation import FaultyRow, RefusedRow, Row, placed
 from petl.errors import InputError, choose
@@ -24,6 +23,7 @@ from petl.system.values import bounded, check_rules, field, integer, one_of, rea
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from petl.data.faulty_rows import Origin
     from petl.data.tasks.base import P, Task
 
 BY_CLASS = "by_class"  # value of data.order
@@ -128,7 +128,7 @@ class RawData:
     skipped: Mapping[str, Sequence[FaultyRow]] = field({})
     near_duplicates: float | None = None
     sets: Sequence[str] = ()
-    origins: Mapping[str, Sequence[Origin]] = field({})
+    origins: Mapping[str, Sequence["Origin"]] = field({})
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,6 @@ from importlib import import_module
 from itertools import compress
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from petl.data.conversations import without_last_answer
 from petl.errors import InputError
 
 if TYPE_CHECKING:
@@ -190,6 +189,8 @@ def question_text(task: Shows, row: Mapping[str, Any]) -> str:
     names = ["prompt"] if "prompt" in row else input_columns(task, row)
     asked = {name: row[name] for name in names}
     if "messages" in asked:
+        from petl.data.conversations import without_last_answer  # other rows need it not
+
         asked["messages"] = without_last_answer(asked["messages"])
     return normalized(input_text(asked))
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from petl.data.base import RawData, Stream, encode
-from petl.data.faulty_rows import leave_out
 from petl.data.validation import FaultyRow, RefusedRow, from_table
 from petl.system.progress import Pass
 
@@ -76,6 +75,8 @@ def _usable(
         # rows may be shuffled; messages name lines in order
         faulty.sort(key=lambda row: row.number)
         if faulty:
+            from petl.data.faulty_rows import leave_out  # most runs have none
+
             leave_out(faulty, origin.rows, skips=origin.skips, left=len(own) - len(faulty))
         skipped += faulty
     kept = rows.select([n for n in range(len(rows)) if n not in reasons])

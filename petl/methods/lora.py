@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from petl.core.adapter_widths.components import Components, Ordered
 from petl.core.layers.layer import is_lora_b
+from petl.core.layers.wrappers import factors_of_experts
 from petl.core.method import Finish, WrapContext
 from petl.core.model.targets import resolve_targets
 from petl.core.parameters import check_module
@@ -28,7 +29,6 @@ from petl.core.spec.facts import facts_of
 from petl.core.spec.method import modifies_base_weights
 from petl.core.support import BASES, Capability
 from petl.errors import InputError
-from petl.methods.families.sharding import factors_of_experts
 
 
 def data_driven_initialization(config: peft.LoraConfig) -> str:

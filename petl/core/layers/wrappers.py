@@ -8,10 +8,12 @@ that a method that reads whole tensors between two passes lacks `Capability.FSDP
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from petl.core.compat import ModulesToSaveWrapper, extend_method
+from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Part, conflicts
 from petl.errors import InputError, UnsupportedError
 from petl.system.collectives import REPLICA
@@ -19,6 +21,16 @@ from petl.system.collectives import REPLICA
 FSDP1 = Part("FSDP1 (FullyShardedDataParallel)", (Capability.FSDP1,))
 MANAGED = "_is_fsdp_managed_module"  # attribute of all modules in FSDP1 and FSDP2
 FLATTENED = "_fsdp_flattened"  # attribute of the parameters that FSDP1 shards
+
+
+def factors_of_experts(config: PeftConfig) -> str:
+    """Return why FSDP1 must not shard an adapter: it has stacked experts; "": it may."""
+    if not facts_of(config).target_parameters:
+        return ""
+    return (
+        "factors of stacked experts are read outside of the modules that have them, each of which "
+        "PEFT's policy wraps by itself"
+    )
 
 
 def refuse_replica(model: nn.Module, args: object) -> None:

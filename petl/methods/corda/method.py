@@ -18,6 +18,7 @@ from petl.core.experts.linears import paths_of_experts, stack_of
 from petl.core.experts.lora import FusedExperts
 from petl.core.experts.stacks import has_sides_swapped, saved_factors
 from petl.core.layers.layer import Adapter
+from petl.core.layers.wrappers import factors_of_experts
 from petl.core.method import (
     AdapterSet,
     Method,
@@ -41,7 +42,6 @@ from petl.methods.corda.initialization import (
     without_experts,
 )
 from petl.methods.families.conversion import set_refusal
-from petl.methods.families.sharding import factors_of_experts
 from petl.system.files.tensor_file import check_finite
 
 logger = logging.getLogger(__name__)
