@@ -12,13 +12,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 CONNECTIONS = 1000  # at a time
 OF_ONE_ADDRESS = 512
 HEADER_SECONDS = 10.0  # from the first byte of a request to the end of its headers
-FLUSH_SECONDS = 60.0  # of a connection that is closed, until its last reply has been read
+FLUSH_SECONDS = 60.0  # until what a client has not read of its replies is dropped
 
 
 class Connection(H11Protocol):
     """A connection of a client, which is closed if its request does not arrive in time."""
 
     waiting: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None  # while the client does not read
     dropped = False
 
     @property
@@ -28,8 +29,8 @@ class Connection(H11Protocol):
 
     @property
     def gives_room(self) -> bool:
-        """True if it waits for its client: for a request, or the rest of a body."""
-        return self.is_idle or self.cycle.more_body
+        """True if it waits for its client: to send a request or all of a body, or to read."""
+        return self.is_idle or self.cycle.more_body or self.flow.write_paused
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Take a connection, and drop another without a request, or this one, if they are many."""
@@ -54,9 +55,20 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self.wait()
 
+    def pause_writing(self) -> None:
+        """Wait for the client, which has much to read; a stream, and the next reply, wait too."""
+        super().pause_writing()
+        self.unread = self.loop.call_later(FLUSH_SECONDS, self.drop)
+
+    def resume_writing(self) -> None:
+        """The client has read almost everything."""
+        self.stop_unread()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self.stop_waiting()
+        self.stop_unread()
         super().connection_lost(exc)
 
     def wait(self) -> None:
@@ -81,6 +93,12 @@ class Connection(H11Protocol):
         if self.waiting is not None:
             self.waiting.cancel()
             self.waiting = None
+
+    def stop_unread(self) -> None:
+        """The client reads, or the connection has ended."""
+        if self.unread is not None:
+            self.unread.cancel()
+            self.unread = None
 
 
 def _made(connection: Connection) -> float:

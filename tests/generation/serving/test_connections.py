@@ -80,7 +80,7 @@ def connected(app, clients):
         made = partial(connections.Connection, config=config, server_state=state, app_state={})
         server = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
         try:
-            await asyncio.wait_for(clients(server.sockets[0].getsockname()[1], state), 60)
+            await asyncio.wait_for(clients(server.sockets[0].getsockname()[1], state), 20)
         finally:
             server.close()
 
@@ -95,14 +95,24 @@ async def answered(scope, receive, send):
     await send({"type": "http.response.body", "body": b"x" * 2**25})
 
 
+async def streamed(scope, receive, send):
+    """Reply in parts, each after the one before was taken, as an answer is streamed."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for number in range(1, 2**9 + 1):
+        part = {"body": b"x" * 2**16, "more_body": number < 2**9}
+        await send({"type": "http.response.body", **part})
+
+
+BODY = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
 @pytest.mark.parametrize(
-    "begun",
-    [
-        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{",
-        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
-    ],
+    ("app", "begun"),
+    [(answered, BODY), (answered, GET), (streamed, GET), (answered, 2 * GET)],
+    ids=["body", "reply", "stream", "second reply"],
 )
-def test_unfinished_bodies_and_unread_replies_keep_nobody_out(monkeypatch, begun):
+def test_unfinished_bodies_and_unread_replies_keep_nobody_out(monkeypatch, app, begun):
     monkeypatch.setattr(connections, "OF_ONE_ADDRESS", 3)
 
     async def clients(port, state):
@@ -121,21 +131,31 @@ def test_unfinished_bodies_and_unread_replies_keep_nobody_out(monkeypatch, begun
         for _, each in held:
             each.transport.abort()
 
-    connected(answered, clients)
+    connected(app, clients)
 
 
-def test_a_reply_that_is_never_read_ends(monkeypatch):
+@pytest.mark.parametrize(
+    ("app", "asked"),
+    [(answered, GET), (streamed, GET), (answered, 2 * GET)],
+    ids=["reply", "stream", "second reply"],
+)
+def test_a_reply_that_is_never_read_ends(monkeypatch, app, asked):
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.01)
     monkeypatch.setattr(connections, "FLUSH_SECONDS", 0.01)
+    begun = []
+
+    async def noted(scope, receive, send):
+        begun.append(scope)
+        await app(scope, receive, send)
 
     async def clients(port, state):
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**10)
-        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        while not state.total_requests or state.connections:
+        writer.write(asked)
+        while not begun or state.connections:
             await asyncio.sleep(0.01)
         writer.transport.abort()
 
-    connected(answered, clients)
+    connected(noted, clients)
 
 
 def test_large_bodies_are_few_at_a_time():
