@@ -21,7 +21,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from petl.system.files.disk import is_as_noted, note_digest
+from petl.system.files.disk import is_as_noted, note_digest, remove
 from petl.system.files.paths import cache_folder
 from petl.system.progress import Pass
 
@@ -62,12 +62,38 @@ def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
     # the hash names the file: a changed dependency is another file, and none becomes stale
     key = fingerprint(task, processor, split)
     folder = writable(cache_folder() / "encoded")
-    file = folder / f"{key}.arrow" if folder else None
+    if folder is not None:
+        file = folder / f"{key}.arrow"
+        try:
+            return _through(file, task, processor, split, key)
+        except OSError as error:  # a full disk, or another user's file
+            logger.warning("encoded rows are not cached on disk: %s (%s)", file, error)
+    return _encoded(task, processor, split, key)
+
+
+def _through(
+    file: Path, task: Encoder[P], processor: P, split: Dataset, fingerprint: str
+) -> Dataset:
+    """Return the rows in a file of the cache, which is written if it is absent or damaged.
+
+    Raises:
+        OSError: it can be neither read nor written.
+    """
     # `datasets` would read whatever bytes a disk gives it
-    is_cached = file is not None and is_as_noted(file)
-    if file and file.exists() and not is_cached:
+    is_cached = is_as_noted(file)
+    if file.exists() and not is_cached:
         logger.warning("%s is damaged or incomplete: encoding again", file)
-        file.unlink(missing_ok=True)
+        remove(file)
+    encoded = _encoded(task, processor, split, fingerprint, file)
+    if file.exists() and not is_cached:  # a split without rows has none
+        note_digest(file)
+    return encoded
+
+
+def _encoded(
+    task: Encoder[P], processor: P, split: Dataset, fingerprint: str, file: Path | None = None
+) -> Dataset:
+    """Return the encoded rows, by way of a file if there is one; they are read if it has them."""
     what = f"encoding {len(split):,} examples"
     shown = Pass(what, len(split), unit="examples", quiet=True)  # the cache may have them
 
@@ -77,7 +103,7 @@ def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
         return encoded
 
     with without_progress_bars(), shown:
-        encoded = split.map(
+        return split.map(
             encode,
             batched=True,
             with_indices=True,
@@ -86,13 +112,10 @@ def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
             features=task.features(processor),
             remove_columns=split.column_names,
             # without it `datasets` hashes the function, which holds the tokenizer with its state
-            new_fingerprint=key,
+            new_fingerprint=fingerprint,
             cache_file_name=str(file) if file else None,
             keep_in_memory=file is None,
         )
-    if file and file.exists() and not is_cached:  # a split without rows has none
-        note_digest(file)
-    return encoded
 
 
 def fingerprint(task: Encoder[P], processor: P, split: Dataset) -> str:

@@ -11,6 +11,7 @@ back to before it.
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -106,14 +107,14 @@ class Store:
         self._compare(ABOUT, about["own"] == _digest(as_json(others).encode()))
         self.form = OutputSpec(**about["form"])
         index = folder / INDEX
-        is_whole = index.is_file() and _digest(index.read_bytes()) == about["index"]
+        is_whole = _is_readable(index) and _digest(index.read_bytes()) == about["index"]
         self._compare(INDEX, is_whole)
         # it refuses arrays of objects, which would be unpickled
         self.index = np.lib.format.open_memmap(index, mode="r")
         shape = (int(self.index["stop"].max()), *self.form.tail)
         size = prod(shape)
         expected, states = size * self.form.torch_dtype.itemsize, folder / STATES
-        self._compare(STATES, states.is_file() and states.stat().st_size == expected)
+        self._compare(STATES, _is_readable(states) and states.stat().st_size == expected)
         # read-only and shared by all processes that map it
         # shared=False is MAP_PRIVATE: a write would copy the page and never reach the file
         self.states = torch.from_file(
@@ -148,9 +149,19 @@ class Store:
 
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Lock the folder of a store for this process, and wait for another one that has the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    holder = try_claim(folder)
+    """Lock the folder of a store for this process, and wait for another one that has the lock.
+
+    Raises:
+        InputError: this user cannot write there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holder = try_claim(folder)
+    except OSError as error:
+        raise InputError(
+            f"the store {folder} cannot be written ({error.strerror}): set PETL_CACHE to a folder "
+            "of yours, or leave the blocks uncached (train.cache_frozen=false)"
+        ) from error
     if holder:
         logger.info("waiting for %s, which fills the store %s", holder, folder)
     while holder:
@@ -164,7 +175,7 @@ def locked(folder: Path) -> Generator[None]:
 
 def exists(folder: Path) -> bool:
     """Return True if the store is complete."""
-    return (folder / CONTENT / ABOUT).is_file()
+    return _is_readable(folder / CONTENT / ABOUT)
 
 
 def present(folder: Path, computation: str) -> set[str]:
@@ -225,6 +236,11 @@ def write(
         digests = {"index": _digest((draft / INDEX).read_bytes()), "states": written.hexdigest()}
         content = {"format": FORMAT, "form": asdict(form), **digests, **about}
         write_json(draft / ABOUT, {**content, "own": _digest(as_json(content).encode())})
+
+
+def _is_readable(file: Path) -> bool:
+    """Return True if there is a file that this user may read: a cache may be of several users."""
+    return os.access(file, os.R_OK) and file.is_file()
 
 
 def _digest(content: bytes | memoryview) -> str:

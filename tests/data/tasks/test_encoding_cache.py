@@ -1,3 +1,4 @@
+import errno
 import subprocess
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import warm_python
 from datasets import Dataset
 from tiny_tokenizers import byte_tokenizer
 
+from petl.data.tasks import encoding_cache
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
 
@@ -92,6 +94,27 @@ def test_rows_are_kept_in_memory_if_the_cache_is_not_writable(tokenizer, tmp_pat
     encoded = CausalLM(max_length=4).encode(tokenizer, Dataset.from_dict(SPLIT))
     assert [len(row["input_ids"]) for row in encoded] == [4, 4, 3]
     assert not encoded.cache_files
+
+
+def test_rows_are_kept_in_memory_if_the_disk_is_full(tokenizer, cache, monkeypatch, caplog):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(encoding_cache, "note_digest", full)
+    encoded = CausalLM(max_length=4).encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert [len(row["input_ids"]) for row in encoded] == [4, 4, 3]
+    assert not encoded.cache_files
+    assert "No space left" in caplog.text
+
+
+def test_a_folder_in_place_of_the_rows_is_replaced(tokenizer, cache):
+    task = Counting(classes=["x", "y"])
+    task.encode(tokenizer, Dataset.from_dict(SPLIT))
+    (file,) = (cache / "encoded").glob("*.arrow")
+    file.unlink()
+    file.mkdir()
+    task.encode(tokenizer, Dataset.from_dict(SPLIT))
+    assert (Counting.seen, file.is_file()) == (6, True)
 
 
 @pytest.mark.thorough

@@ -111,3 +111,20 @@ def test_a_process_waits_for_the_one_that_fills_the_store(tmp_path):
     with locked(tmp_path):
         assert (tmp_path / "done").exists()
     os.waitpid(child, 0)
+
+
+def test_a_store_that_cannot_be_locked_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")  # as where another user has the folder
+    with (
+        pytest.raises(InputError, match=r"cannot be written .*PETL_CACHE"),
+        locked(tmp_path / "file"),
+    ):
+        pass
+
+
+def test_a_store_of_another_user_is_not_read(tmp_path, monkeypatch):
+    write(tmp_path, FORM, KEYS, LENGTHS, parts())
+    monkeypatch.setattr(store.os, "access", lambda *given: False)
+    assert not exists(tmp_path)
+    with pytest.raises(InputError, match=r"index.npy"):
+        Store(tmp_path / CONTENT)
