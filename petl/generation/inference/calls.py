@@ -22,6 +22,7 @@ from petl.generation.inference.sampling import possible_stop
 MAX_CALLS = 16  # in one answer, where calls are required; assumption
 NAME, ARGUMENTS = "probe", {"key": "value"}  # of the calls that are rendered
 NOTHING: dict[str, object] = {"type": "object", "properties": {}, "additionalProperties": False}
+BEFORE_CALL = " \n\t[,"  # characters that may be between a mark and a call
 JSON = json.JSONDecoder()
 
 
@@ -187,7 +188,7 @@ class CallReader:
         before, _, rest = text.partition(mark) if mark else ("", "", text)
         calls: list[Call] = []
         while rest or not calls:
-            rest = rest.lstrip(" \n\t[,")
+            rest = rest.lstrip(BEFORE_CALL)
             value, stop = _decoded(rest, 0)
             call = self._call(value)
             if call is None:
@@ -219,13 +220,14 @@ class CallStream:
     reader: CallReader
     text: str = ""
     given: int = 0  # characters of the text that were handed over
+    held: str = ""  # behind the text: it may be the beginning of a special token
 
     def add(self, piece: str) -> str:
         """Return the text that is certainly no call."""
-        self.text += self.reader.clean(piece)
+        self._clean(piece)
         mark = self.reader.form.mark
         if not mark:
-            is_call = self.text.lstrip()[:1] in ("", "{")
+            is_call = self.text.lstrip(BEFORE_CALL)[:1] in ("", "{")
             end = 0 if is_call else len(self.text)
         elif mark in self.text:
             end = self.text.index(mark)
@@ -234,7 +236,13 @@ class CallStream:
         ready, self.given = self.text[self.given : end], max(end, self.given)
         return ready
 
+    def _clean(self, piece: str) -> None:
+        """Add a piece to the text, without special tokens, which models write in several ones."""
+        self.held = self.reader.clean(self.held + piece)
+        end = len(self.held) - possible_stop(self.held, self.reader.specials)
+        self.text, self.held = self.text + self.held[:end], self.held[end:]
+
     def end(self) -> tuple[str, list[Call]]:
         """Return the text that was held back and is no call, and the calls."""
-        content, calls = self.reader.read(self.text)
+        content, calls = self.reader.read(self.text + self.held)
         return content[self.given :], calls
