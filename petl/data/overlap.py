@@ -189,7 +189,7 @@ def question_text(task: Shows, row: Mapping[str, Any]) -> str:
     names = ["prompt"] if "prompt" in row else input_columns(task, row)
     asked = {name: row[name] for name in names}
     if "messages" in asked:
-        from petl.data.conversations import without_last_answer  # other rows need it not
+        from petl.data.conversations import without_last_answer  # other rows do not need it
 
         asked["messages"] = without_last_answer(asked["messages"])
     return normalized(input_text(asked))
