@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from petl.core.layers.layer import Adapter, AdapterLayer, Factors, LayerInfo, LayerShape
     from petl.core.lifecycle import Lifecycle, lifecycle
     from petl.core.loading import load
+    from petl.core.losses import list_losses
     from petl.core.method import (
         AdapterSet,
         Method,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from petl.core.register import register
     from petl.core.registry import adopt, list_methods, method
     from petl.core.spec.config import MethodConfig
-    from petl.core.spec.method import list_losses
     from petl.data.models.new_tokens import add_tokens
     from petl.efficiency import drafting as drafting
     from petl.efficiency.drafting.folder import load_drafter
@@ -165,7 +165,7 @@ _NAMES = {
         "TrainContext",
         "WrapContext",
     ),
-    "petl.core.spec.method": ("list_losses",),
+    "petl.core.losses": ("list_losses",),
     "petl.core.adapter_widths.switch": ("at_width",),
     "petl.core.registry": (
         "adopt",

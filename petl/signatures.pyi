@@ -13,7 +13,7 @@ import peft
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from petl.core.spec.method import LossConfig
+from petl.core.losses import LossConfig
 from petl.core.method import Calibration
 from petl.methods.adapter import AdapterConfig
 from petl.methods.binary.config import BinaryConfig

@@ -209,7 +209,7 @@ def methods(which: str) -> str:
 def extras(which: str) -> str:
     """A table of the extra losses, or of the recipes."""
     from petl.cli.catalog.recipes import list_recipes, paper_of, parts_of, recipe
-    from petl.core.spec.method import LOSSES
+    from petl.system.imports.tables import LOSSES
 
     if which == "losses":
         rows = [

@@ -15,10 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import peft
 
+from petl.core.losses import list_losses, loss
 from petl.core.method import Method
 from petl.core.registry import method
 from petl.core.spec.checks import hints_of
-from petl.core.spec.method import list_losses, loss
 from petl.methods import BUILT_IN
 
 TARGET = Path(__file__).parents[1] / "petl" / "signatures.pyi"
@@ -39,7 +39,7 @@ import peft
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from petl.core.spec.method import LossConfig
+from petl.core.losses import LossConfig
 from petl.core.method import Calibration
 '''
 SET_BY_PEFT = {"peft_type", "auto_mapping", "peft_version"}

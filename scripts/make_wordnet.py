@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from petl.data.bundled import WORDNET_CLASSES, WORDNET_FILE, WORDNET_NOTICE
+from petl.data.bundled import WORDNET_CLASSES, WORDNET_FILE
 from petl.data.retrieval_sets import WORDNET_EXAMPLES
 
 FIRST_VERB_CLASS = 29  # the number of `verb.body` in lexnames(5WN)
@@ -76,7 +76,7 @@ def main() -> None:
     write(WORDNET_FILE, (f"{label}\t{text}" for label, text in rows))
     uses = examples(database)
     write(WORDNET_EXAMPLES, (f"{number}\t{text}" for number, text in uses))
-    WORDNET_NOTICE.write_text(notice(database), encoding="ascii")
+    WORDNET_FILE.with_name("wordnet_license.txt").write_text(notice(database), encoding="ascii")
     print(f"{len(rows)} definitions in {WORDNET_FILE.stat().st_size} bytes: {WORDNET_FILE}")
     print(f"{len(uses)} examples in {WORDNET_EXAMPLES.stat().st_size} bytes: {WORDNET_EXAMPLES}")
 

@@ -26,21 +26,21 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3815,
-    "ops": 3690,
-    "core": 14890,
-    "efficiency": 10252,
-    "data": 17677,
-    "training": 17680,
-    "methods": 19920,
-    "adapters": 9710,
-    "generation": 8117,
-    "experiments": 8825,
-    "cli": 4808,
-    "testing": 3175,
+    "system": 3930,
+    "ops": 3783,
+    "core": 14940,
+    "efficiency": 10354,
+    "data": 17855,
+    "training": 17750,
+    "methods": 19918,
+    "adapters": 9755,
+    "generation": 8320,
+    "experiments": 9150,
+    "cli": 4855,
+    "testing": 3174,
 }
 OWN_LINES = 415
-OTHERS = {"scripts": 16675, "tests": 89745}
+OTHERS = {"scripts": 16870, "tests": 91030}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -386,8 +386,8 @@ def figures(*, run: bool) -> list[Figure]:
         count = re.search(r"^(\d+) files$", quickstart.stdout, re.MULTILINE)
         assert count is not None, quickstart.stdout
         found += [
-            Figure("files in three steps of the quickstart", int(count[1]), 123),
-            Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 172),
+            Figure("files in three steps of the quickstart", int(count[1]), 120),
+            Figure("modules that three steps of LoRA load", len(loaded_by_lora()), 164),
             Figure("files in a training pass of a MoLA layer", len(forward_files("mola")), 5),
             Figure("files in a training pass of a fused LoRA", len(forward_files("lora")), 3),
         ]

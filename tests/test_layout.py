@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -101,12 +102,13 @@ def test_methods_and_losses_never_import_one_another():
 
 
 def test_the_loop_knows_no_method():
-    names = set(petl.list_methods()) - {"adapter"}  # also the word for what is saved
+    names = set(petl.list_methods()) - {"adapter", "sparse"}  # also words of their own
     for module in INSIDE:
         if package_of(module) == "training":
-            words = {
-                n.value for n in ast.walk(ast.parse(MODULES[module].read_text())) if is_text(n)
-            }
+            nodes = [*ast.walk(ast.parse(MODULES[module].read_text()))]
+            docs = [node.value for node in nodes if isinstance(node, ast.Expr)]
+            texts = [node.value for node in nodes if is_text(node) and node not in docs]
+            words = {word for text in texts for word in re.findall(r"\w+", text)}
             assert not words & names, f"{module} names a method"
 
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 from petl.cli.commands import composed
 from petl.cli.table import AdviseOptions
 from petl.errors import InputError, RunStopped
-from petl.system.processes import refuse_processes
+from petl.system.processes import claimed, refuse_processes
 from petl.system.settings.command_line import how_to_continue
 from petl.training.program import SIGNALLED
 
@@ -53,12 +53,13 @@ def advise(options: AdviseOptions) -> None:
         options.seconds,
     )
     signal.signal(signal.SIGTERM, _terminated)
-    try:
-        # without what reports errors, which a run does itself
-        advice = Advisor(request, trial, inspect.unwrap(train)).run()
-    except KeyboardInterrupt as error:
-        raise RunStopped(f"interrupted; {how_to_continue()}", status=130) from error
-    write_page(advice, options.out)
+    with claimed(options.out):
+        try:
+            # without what reports errors, which a run does itself
+            advice = Advisor(request, trial, inspect.unwrap(train)).run()
+        except KeyboardInterrupt as error:
+            raise RunStopped(f"interrupted; {how_to_continue()}", status=130) from error
+        write_page(advice, options.out)
     print_advice(advice, options.out)
 
 

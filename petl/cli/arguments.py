@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from petl.errors import InputError, did_you_mean
+from petl.system.files.disk import check_bounds
 from petl.system.files.outputs import check_output, check_output_file
 from petl.system.files.paths import file_of, path_of
-from petl.system.values import LARGEST, convert, integer, real, type_problem
+from petl.system.values import LARGEST, Rule, convert, integer, real, type_problem
 from petl.training.runs.lookup import (
     adapter_at,
     embedder_at,
@@ -38,7 +39,11 @@ def number(
 ) -> Callable[[str], Number]:
     """Return a type for numbers from `low` (with `above`: greater than it) to `high`."""
     whole = integer(int(low), int(min(high, LARGEST)))
-    rule = whole if kind is int else real(low, high, above=above)
+    return by_rule(kind, whole if kind is int else real(low, high, above=above))
+
+
+def by_rule(kind: type[Number], rule: Rule) -> Callable[[str], Number]:
+    """Return a type for numbers for which a rule holds."""
 
     def parse(text: str) -> Number:
         value = convert(text, kind)
@@ -114,6 +119,10 @@ def some_text(text: str) -> str:
     """Return a text that says something."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} has no words: give a text to search for")
+    try:
+        check_bounds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

@@ -26,7 +26,7 @@ from petl.cli.table import (
     ShowOptions,
 )
 from petl.errors import InputError, RunStopped
-from petl.experiments.reports.formatting import duration, echo, print_table, size
+from petl.experiments.reports.formatting import count_text, duration, echo, print_table, size
 from petl.training.compose import compose
 from petl.training.runs.lookup import look_for_scores
 
@@ -119,7 +119,7 @@ def plan(options: PlanOptions) -> None:
     echo(f"{length.epochs:.2f} epochs of {length.rows:,} examples;", end=" ")
     echo(f"{length.amount:,} {length.unit}{padding}")
     if planned.time is not None:
-        echo(f"time: about {duration(planned.time.steps)} for the steps,", end=" ")
+        echo(f"time, about: {duration(planned.time.steps)} for the steps,", end=" ")
         if planned.time.filling:
             echo(f"{duration(planned.time.filling)} for the store,", end=" ")
         echo(f"{duration(planned.time.scoring)} for each evaluation of the test examples;", end=" ")
@@ -214,7 +214,9 @@ def merge(options: MergeOptions) -> None:
             if not getattr(saved.config, "modules_to_save", None)
             else ", but for its trained head"
         )
-        echo(f"WARNING: the merged model is the base{heads}")
+        below = saved.settings["model"].get("adapter")
+        with_below = "" if below is None else f" with model.adapter={below} merged into it"
+        echo(f"WARNING: the merged model is the base{with_below}{heads}")
     # in bfloat16, small updates round to nothing
     if difference.relative > difference.effect / 2:  # assumption: half of it is too much
         echo("rounding removes much of the adapter's effect; --dtype float32 merges without loss")
@@ -302,7 +304,9 @@ def compare(options: CompareOptions) -> None:
     for problem in found.left_out:
         logger.warning("left out: %s", problem)
     if found.left_out:
-        raise RunStopped(f"compared {len(found.runs)} runs; left out: {len(found.left_out)}")
+        # some runs are not in the tables, such as those without test scores
+        compared = sum(len(each.runs) for each in comparisons)
+        raise RunStopped(f"compared {count_text(compared, 'run')}; left out: {len(found.left_out)}")
 
 
 def _answers(options: CompareOptions, runs: list["RunResult"]) -> "Differences":

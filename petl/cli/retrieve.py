@@ -35,7 +35,7 @@ def mine(options: MineOptions) -> None:
     from petl.generation.prediction.vectors import load_embedder, read_corpus
 
     # all files before the model: a wrong one is told in seconds
-    check_format("--out", options.out)
+    check_format(options.out)
     keep_inputs(options.out, filter(None, [options.corpus, options.queries, options.vectors]))
 
     choice = Choice(options.k, options.margin, options.skip)

@@ -19,7 +19,7 @@ def strength(options: StrengthOptions) -> None:
         write_strength(saved, value, options.out)
         echo(f"written with strength {value:g} to {options.out}")
         return
-    texts = texts_for(options.retain or [BUNDLED], "--retain", saved.task, saved.settings)
+    texts = texts_for(options.retain or [BUNDLED], saved.task, saved.settings)
     trade = trade_of(
         saved, texts, options.strengths, files=options.data, batch_size=options.batch_size
     )

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from petl.cli.commands import composed
 from petl.cli.table import BatchSizesOptions, BucketsOptions, ConfigsOptions, StudyOptions
 from petl.errors import InputError, RunStopped
-from petl.experiments.reports.formatting import echo, print_table
+from petl.experiments.reports.formatting import count_text, echo, print_table
 from petl.system.files.disk import write_atomic
+from petl.system.processes import claimed
 from petl.system.settings.command_line import (
     config_dir_words,
     config_dirs,
@@ -56,14 +57,15 @@ def study(options: StudyOptions) -> None:
         tuning_seeds=options.tuning_seeds,
     )
     signal.signal(signal.SIGTERM, _terminated)
-    try:
-        study.run()
-    except KeyboardInterrupt as error:
-        raise RunStopped(f"interrupted; {how_to_continue()}", status=130) from error
-    finally:
-        # else there is nothing to compare
-        if any(is_finished(file.parent) for file in (folder / "runs").rglob("scores.json")):
-            write_page(compare([folder / "runs"]), folder, study.tried)
+    with claimed(folder):  # a second study would take the runs of the first one for failed
+        try:
+            study.run()
+        except KeyboardInterrupt as error:
+            raise RunStopped(f"interrupted; {how_to_continue()}", status=130) from error
+        finally:
+            # else there is nothing to compare
+            if any(is_finished(file.parent) for file in (folder / "runs").rglob("scores.json")):
+                write_page(compare([folder / "runs"]), folder, study.tried, failures=study.failures)
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -84,7 +86,7 @@ def batch_sizes(options: BatchSizesOptions) -> None:
     keys = ("longest", "rows", "batch_size", "tokens")
     rows = [[f"{bucket[key]:,}" for key in keys] for bucket in result["buckets"]]
     print_table((">tokens", ">examples", ">batch size", ">tokens per step"), rows)
-    echo(f"{result['steps']:,} steps per epoch, {result['measured']}; {file}")
+    echo(f"{count_text(result['steps'], 'step')} per epoch, {result['measured']}; {file}")
     echo(line)
 
 
@@ -99,10 +101,11 @@ def buckets(options: BucketsOptions) -> None:
     before, after = (f"{100 * result['padding'][key]:.1f} %" for key in ("before", "after"))
     steps = result["steps"]
     echo(
-        f"padding {before} in {steps['before']} steps; with {len(result['buckets'])} buckets",
+        f"padding {before} in {count_text(steps['before'], 'step')}; "
+        f"with {count_text(len(result['buckets']), 'bucket')}",
         end=" ",
     )
-    echo(f"{after} in {steps['after']} steps; {options.file}")
+    echo(f"{after} in {count_text(steps['after'], 'step')}; {options.file}")
 
 
 def _write_yaml(file: Path, content: dict[str, object]) -> None:

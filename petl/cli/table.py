@@ -15,6 +15,7 @@ from petl.cli.arguments import (
     POSITIVE,
     SEED,
     alphas,
+    by_rule,
     byte_count,
     divisor,
     drafter,
@@ -44,6 +45,7 @@ from petl.cli.arguments import (
 )
 from petl.cli.options import Command, Options, argument, choice, either, option, switch
 from petl.system.imports.extras import install_hint
+from petl.system.values import bounded
 
 if TYPE_CHECKING:
     from petl.adapters.export.saved_adapter import SavedAdapter
@@ -51,9 +53,11 @@ if TYPE_CHECKING:
 MODEL = "folder of a run, of an adapter, or of a merged model"
 JOBS = number(int, 1, 8 * (os.cpu_count() or 1))  # assumption: more jobs would only wait
 # of the folder of a study
-STUDY_FILES = ("runs", "tune", "replaced", "rates.json", "index.html", "results.md", "*.svg")
+STUDY_MARKS = (".lock", "runs", "tune", "rates.json", "precision.json")
+STUDY_FILES = (*STUDY_MARKS, "replaced", "index.html", "results.md", "*.svg")
 # of the folder of an advice
-ADVICE_FILES = ("trials", "last", "configs", "schedule.json", "advice.json", "advice.html")
+ADVICE_MARKS = (".lock", "trials", "schedule.json", "advice.json")
+ADVICE_FILES = (*ADVICE_MARKS, "last", "configs", "advice.html")
 # as in petl.core.support, which imports torch, and formats of petl export
 NEEDS = (
     *("merge", "lora", "gguf", "vllm", "onnx", "mixed", "ddp", "fsdp", "deepspeed", "4bit", "8bit"),
@@ -296,7 +300,7 @@ class StudyOptions(ComposeOptions):
 
     folder: Path = argument(
         "folder of the study, new or to be resumed",
-        new_folder_to_write(STUDY_FILES, ("runs", "tune", "rates.json")),
+        new_folder_to_write(STUDY_FILES, STUDY_MARKS),
     )
     methods: str = option("names of methods", default="", metavar="A,B")
     # one text of several words: the settings in it hold for this method alone
@@ -341,7 +345,7 @@ class AdviseOptions(ComposeOptions):
     seconds: float | None = option("processor seconds that a training may take", POSITIVE)
     out: Path = option(
         "folder of the advice, new or to be resumed",
-        new_folder_to_write(ADVICE_FILES, ("schedule.json", "advice.json", "trials")),
+        new_folder_to_write(ADVICE_FILES, ADVICE_MARKS),
         "runs/advice",
     )
 
@@ -385,7 +389,9 @@ class PredictorOptions(ComposeOptions):
         metavar="N[,N...]",
     )
     block: int = option("tokens of a block (default: 64)", COUNT, 64)
-    keep: float = option("share kept, for the recall (default: 0.4)", FRACTION, 0.4)
+    keep: float = option(
+        "share kept, for the recall (default: 0.4)", number(float, 0, 1, above=True), 0.4
+    )
     steps: int = option("batches, each of other rows (default: 500)", COUNT, 500)
     batch_size: int = option("rows of a batch (default: 1)", COUNT, 1)
     length: int = option("tokens of a row at most (default: 4096)", COUNT, 4096)
@@ -850,7 +856,7 @@ class ShrinkOptions(LoadOptions):
         nargs="*",
     )
     sparsity: float = option(
-        "share of the MLP channels to remove", number(float, 0, 1, above=True), 0.3
+        "share of the MLP channels to remove", by_rule(float, bounded(gt=0, lt=1)), 0.3
     )
     widths: str = choice("channels of the blocks: equal, or by importance", WIDTHS, "even")
     multiple: int = option("of which the numbers of channels are multiples", COUNT, 8)

@@ -1,16 +1,18 @@
 """All uses of PEFT's private API, in one place."""
 
 import copy
+import inspect
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial, wraps
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.auto import _BaseAutoPeftModel as AutoPeftClass
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -338,7 +340,7 @@ setattr(  # noqa: B010
 
 
 def extend_method(cls: type, name: str, extension: Callable[..., object]) -> None:
-    """Let a method of PEFT's class be `extension(original, self, *args, **kwargs)`.
+    """Let a method of another package's class be `extension(original, self, *args, **kwargs)`.
 
     On the class: a subclass would change the class of a wrapped model, and an attribute of the
     model would keep it in memory by a cycle.
@@ -350,6 +352,23 @@ def extend_method(cls: type, name: str, extension: Callable[..., object]) -> Non
         return extension(original, self, *args, **kwargs)
 
     setattr(cls, name, extended)
+
+
+def saved_folders(
+    model: PeftModel, args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[dict[str, Path], bool]:
+    """Return where this process saves each adapter, and whether PEFT converts it meanwhile.
+
+    Args:
+        model: whose `save_pretrained` is called.
+        args: of that call, without the model; `kwargs` likewise.
+    """
+    given = inspect.signature(PeftModel.save_pretrained).bind(model, *args, **kwargs).arguments
+    is_main = given.get("is_main_process", True)
+    names = (given.get("selected_adapters") or model.peft_config) if is_main else ()
+    folder = Path(given["save_directory"])
+    found = {name: folder / ("" if name == "default" else name) for name in names}
+    return found, given.get("path_initial_model_for_weight_conversion") is not None
 
 
 def with_complete_names(

@@ -24,7 +24,6 @@ that says something else is refused.
 """
 
 import hashlib
-import inspect
 import logging
 import math
 from collections import defaultdict
@@ -44,6 +43,7 @@ from petl.core.compat import (
     LoraLayer,
     ModulesToSaveWrapper,
     extend_method,
+    saved_folders,
 )
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.wrappers import without_fsdp1
@@ -404,19 +404,14 @@ def _save(original: Callable[..., None], model: PeftModel, *args: object, **kwar
     """Save adapters as `PeftModel.save_pretrained` does, those of petl with its files."""
     with without_fsdp1(model, kwargs.get("state_dict")):
         original(model, *args, **kwargs)
-        given = inspect.signature(original).bind(model, *args, **kwargs).arguments
-        _save_files(model, given)
+        if KNOWN in vars(model):
+            _save_files(model, *saved_folders(model, args, kwargs))
 
 
-def _save_files(model: PeftModel, given: Mapping[str, Any]) -> None:
-    """Write petl's files beside those of PEFT; `given` are the arguments of `save_pretrained`."""
-    if KNOWN not in vars(model) or not given.get("is_main_process", True):
-        return
-    # a conversion writes another config than that of the model
-    converted = given.get("path_initial_model_for_weight_conversion") is not None
-    for name in given.get("selected_adapters") or model.peft_config:
-        # where PEFT saves them
-        folder = Path(given["save_directory"]) / ("" if name == "default" else name)
+def _save_files(model: PeftModel, folders: Mapping[str, Path], converted: bool) -> None:
+    """Write petl's files beside those of PEFT."""
+    for name, folder in folders.items():
+        # a conversion writes another config than that of the model
         settings = {} if converted else settings_of(model.peft_config[name])
         layers = {} if converted else layers_of(model, name)
         write(folder, _fingerprint_for(model, name), settings, layers)

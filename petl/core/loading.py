@@ -21,16 +21,13 @@ from petl.core.fingerprint import (
     remember_base,
 )
 from petl.core.model.targets import check_tokens
-from petl.core.parameters import check_module
-from petl.core.refusals import refuse_adapted
-from petl.core.registry import check_fsdp1, refusal, refuse_other_kinds, refuse_quantized
+from petl.core.parameters import check_module, refuse_adapted
+from petl.core.registry import equip, refusal, refuse_other_kinds, refuse_quantized
 from petl.core.skeleton import SkeletonShapes, check_tables, expected_tensors
 from petl.core.spec.checks import check_adapter_name
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import modifies_base_weights
 from petl.core.support import Capability
-from petl.core.switching.norms import keep_statistics
-from petl.core.switching.tuner import apply_peft_fixes, enable_switching, only_visible
-from petl.core.tuners.gradients import reach_reversible_blocks
+from petl.core.tuners.switching import apply_peft_fixes, only_visible
 from petl.core.types import Arguments
 from petl.errors import InputError, first_line
 from petl.system.files import hub
@@ -127,11 +124,7 @@ def load(
             raise InputError(
                 f"the adapter in {str(path)!r} does not fit the model: {first_line(error)}"
             ) from error
-    apply_peft_fixes(model, refusal(model.peft_config[adapter_name], Capability.MIXED_BATCH))
-    enable_switching(model)
-    check_fsdp1(model)
-    keep_statistics(model.get_base_model())
-    reach_reversible_blocks(model.get_base_model())
+    equip(model, model.peft_config[adapter_name])
     remember_base(model, present, others)
     record.remember(model, adapter_name, nested)
     return model

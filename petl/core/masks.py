@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-IGNORED = -100  # the label of padding, and of tokens that are not learned
+from petl.ops import IGNORED
+
+# arguments of models and blocks that hold a cache
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
 NAMES = ("attention_mask", "decoder_attention_mask")
 
 

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from petl.core.adapter_widths.components import Ordered
 from petl.core.compat import BaseTuner, BaseTunerLayer, LoraModel, tuner_class
 from petl.core.experts.layout import experts_of
 from petl.core.experts.linears import paths_of_experts
@@ -40,6 +39,7 @@ from petl.core.model.heat_map import HeatMap
 from petl.core.model.linear import LINEAR_KINDS, refuse_other_kind
 from petl.core.model.names import NO_EXPERTS, matched_stacks
 from petl.core.model.targets import matched_names, refuse_fused, resolve_targets
+from petl.core.spec.components import Ordered
 from petl.core.spec.config import Acts
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora

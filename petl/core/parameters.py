@@ -122,6 +122,16 @@ def check_module(model: object, function: str) -> None:
 # Bytes of tensors
 
 
+def refuse_adapted(base: nn.Module) -> None:
+    """Raise InputError if a base model contains an adapter: PEFT would put another one on it."""
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise InputError(
+            f"the base model, a {type(base).__name__}, contains an adapter already (wrapping "
+            "changes a model in place); use a new base model, or the PeftModel to add another "
+            "adapter to it"
+        )
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors created in its block that are still alive.
 

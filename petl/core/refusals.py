@@ -1,21 +1,11 @@
-"""What is a base model, a plain LoRA, and more than one."""
+"""What is a plain LoRA, and more than one."""
 
 from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
-from petl.core.compat import BaseTunerLayer, LoraLayer
+from petl.core.compat import LoraLayer
 from petl.core.spec.facts import facts_of
-from petl.errors import InputError, UnsupportedError
-
-
-def refuse_adapted(base: nn.Module) -> None:
-    """Raise InputError if a base model contains an adapter: PEFT would put another one on it."""
-    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise InputError(
-            f"the base model, a {type(base).__name__}, contains an adapter already (wrapping "
-            "changes a model in place); use a new base model, or the PeftModel to add another "
-            "adapter to it"
-        )
+from petl.errors import UnsupportedError
 
 
 def is_lora(config: PeftConfig) -> bool:

@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 from petl.core.compat import add_method
 from petl.core.layers.layer import AdapterLayer
 from petl.core.method import A, C, Method
-from petl.core.registry import METHODS, check_free
 from petl.core.tuners.adapter import AdapterTuner
 from petl.core.tuners.asking import AskingTuner
+from petl.system.imports.tables import METHODS, check_free
 
 M = TypeVar("M", bound=type[Method[Any, Any]])
 

@@ -19,9 +19,12 @@ from petl.core.compat import (
     without_noise,
 )
 from petl.core.fingerprint import fingerprint, remember_base
+from petl.core.layers.norms import keep_statistics
 from petl.core.layers.wrappers import Fsdp1Check
+from petl.core.losses import LossConfig, build_loss, extra_losses, loss, loss_part
 from petl.core.method import Method, WrapContext
 from petl.core.model.coverage import log_coverage
+from petl.core.model.modes import undone_on_error
 from petl.core.model.names import PRESETS, check_parameters, frozen_head
 from petl.core.model.targets import (
     check_kinds,
@@ -38,23 +41,13 @@ from petl.core.model.targets import (
     target_shapes,
     words_among,
 )
-from petl.core.model.undo import undone_on_error
-from petl.core.parameters import check_module, quantization_of, within_memory
-from petl.core.refusals import refuse_adapted
+from petl.core.parameters import check_module, quantization_of, refuse_adapted, within_memory
 from petl.core.spec.checks import check_adapter_name, check_rank
 from petl.core.spec.config import check_values, require_effect
-from petl.core.spec.facts import facts_of
-from petl.core.spec.method import (
-    LossConfig,
-    build_loss,
-    loss,
-    loss_part,
-    modifies_base_weights,
-)
+from petl.core.spec.facts import facts_of, modifies_base_weights
 from petl.core.support import BASES, NO_CONVERSION, Capability, Conflict, Part, require_compatible
-from petl.core.switching.norms import keep_statistics
-from petl.core.switching.tuner import apply_peft_fixes, enable_switching
 from petl.core.tuners.gradients import reach_reversible_blocks, watch_gradients
+from petl.core.tuners.switching import apply_peft_fixes, enable_switching
 from petl.core.types import Calibration, Fields, Settings
 from petl.errors import (
     InputError,
@@ -65,7 +58,7 @@ from petl.errors import (
     first_line,
 )
 from petl.system.imports.peft_hook import failure
-from petl.system.imports.tables import LOSSES, METHODS
+from petl.system.imports.tables import LOSSES, METHODS, check_free
 
 logger = logging.getLogger(__name__)
 OF_WRAP = ("adapter_name", "calibration")  # arguments of `wrap` that are no fields
@@ -77,20 +70,6 @@ def adopt(
     """Register a method that PEFT itself implements; `facts` are further ones of `Method`."""
     check_free(name, config_cls)
     METHODS[name] = Method(name=name, config_cls=config_cls, summary=summary, paper=paper, **facts)
-
-
-def check_free(name: str, newcomer: type) -> None:
-    """Raise ValueError if a method or loss has this name."""
-    taken = METHODS.get(name) or LOSSES.get(name)  # `wrap` and `petl show` accept either
-    if taken is not None:
-        raise ValueError(
-            f"method name {name!r} is taken by {_full_name(taken.config_cls)}; choose another name "
-            f"for {_full_name(newcomer)}"
-        )
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def list_methods() -> list[str]:
@@ -245,9 +224,7 @@ def wrap(
     digests = fingerprint(model)  # some initializations change the base weights
     with undone_on_error(model):
         wrapped = _adapted(entry, config, model, adapter_name, calibration)
-    apply_peft_fixes(wrapped, refusal(config, Capability.MIXED_BATCH))
-    enable_switching(wrapped)
-    check_fsdp1(wrapped)
+    equip(wrapped, config)
     remember_base(wrapped, digests)
     head = frozen_head(wrapped.get_base_model())
     if head:
@@ -258,8 +235,6 @@ def wrap(
             type(wrapped.get_base_model()).__name__,
             head,
         )
-    keep_statistics(wrapped.get_base_model())
-    reach_reversible_blocks(wrapped.get_base_model())
     watch_gradients(wrapped)
     adapts_experts = not entry.lacking(Capability.EXPERTS, config)
     is_chosen = entry.own and given is None
@@ -532,13 +507,19 @@ def method_part(config: PeftConfig) -> Part:
     return Part(type(config).__name__, (Capability.PROMPTS,) if has_prompts else ())
 
 
-def check_fsdp1(model: PeftModel) -> None:
-    """Let a model raise UnsupportedError in FSDP1 if a method or extra loss of it lacks that."""
+def equip(model: PeftModel, config: PeftConfig) -> None:
+    """Give a PeftModel, wrapped or loaded with an adapter of this config, what petl adds to PEFT's.
+
+    In FSDP1 it raises UnsupportedError if a method or extra loss of it lacks that.
+    """
+    apply_peft_fixes(model, refusal(config, Capability.MIXED_BATCH))
+    enable_switching(model)
     model.register_forward_pre_hook(Fsdp1Check(_chosen_for))
+    keep_statistics(model.get_base_model())
+    reach_reversible_blocks(model.get_base_model())
 
 
 def _chosen_for(model: nn.Module) -> list[Part]:
-    extra_losses = resolve_name("petl.core.losses:extra_losses")
     methods = map(method_part, cast(PeftModel, model).peft_config.values())
     return [*methods, *(loss_part(each.config) for each in extra_losses(model))]
 

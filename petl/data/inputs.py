@@ -30,7 +30,7 @@ from petl.data.validation import (
     without_paths,
 )
 from petl.errors import InputError, did_you_mean, shown
-from petl.system.files.disk import sha256
+from petl.system.files.disk import check_bounds, sha256
 from petl.system.files.paths import file_of, path_of
 from petl.system.values import read_fields
 
@@ -129,7 +129,12 @@ def located_in_memory(
             )
         origin = f"row {number}"
         choose(row, origin)
-        yield origin, {name: plain(value) for name, value in row.items()}
+        found = {name: plain(value) for name, value in row.items()}
+        try:
+            check_bounds(found)
+        except ValueError as error:
+            raise InputError(f"{origin}: {error}; correct this row, or remove it") from error
+        yield origin, found
 
 
 def plain(value: object) -> object:

@@ -28,20 +28,44 @@ from petl.ops.low_rank import has_no_hooks
 T = TypeVar("T")
 
 
-class _ActivationProduct(torch.autograd.Function):
+class Recomputable(torch.autograd.Function):
+    """A function of which the output can be computed again from what it saves."""
+
+    @staticmethod
+    def output(node: Ctx) -> Tensor:
+        """Return the output of a node of the graph."""
+        raise NotImplementedError
+
+    @staticmethod
+    def saved(node: Ctx) -> tuple[Any, ...]:
+        """Return the saved tensors of a node, read once and kept until its backward.
+
+        Under checkpointing, saved tensors can be unpacked only once.
+        """
+        if getattr(node, "unpacked", None) is None:
+            node.unpacked = node.saved_tensors
+        return node.unpacked
+
+
+class _ActivationProduct(Recomputable):
     """`act(z)`, or `act(z) * up`, that saves only `z` and `up` for backward."""
 
     @staticmethod
     def forward(ctx: Ctx, act: Callable[[Tensor], Tensor], z: Tensor, up: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, up)
         # the activation is a function, not a tensor: it cannot go through save_for_backward
-        ctx.act, ctx.unpacked = act, None
+        ctx.act = act
         return _product(act(z), up)
+
+    @staticmethod
+    def output(node: Ctx) -> Tensor:
+        z, up = Recomputable.saved(node)
+        return _product(node.act(z), up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (z, up), ctx.unpacked = _inputs(ctx), None
+        (z, up), ctx.unpacked = Recomputable.saved(ctx), None
         with torch.enable_grad():  # act again, now with a graph of its own for its gradient
             leaf = z.detach().requires_grad_()
             a = ctx.act(leaf)
@@ -58,16 +82,6 @@ def _product(a: Tensor, up: Tensor | None) -> Tensor:
     return a if up is None else a * up
 
 
-def _inputs(node: Ctx) -> tuple[Tensor, Tensor | None]:
-    """Return the saved tensors of an `_ActivationProduct`, read once and kept until its backward.
-
-    Under checkpointing, saved tensors can be unpacked only once.
-    """
-    if node.unpacked is None:
-        node.unpacked = node.saved_tensors
-    return node.unpacked
-
-
 class _SavedView(NamedTuple):
     """Saved in place of a tensor: node and view (size, stride, offset) of its output."""
 
@@ -76,16 +90,15 @@ class _SavedView(NamedTuple):
 
     def tensor(self) -> Tensor:
         """Compute the output again and return the view of it."""
-        z, up = _inputs(self.node)
         with torch.no_grad():
-            return _product(self.node.act(z), up).as_strided(*self.view)
+            return self.node._forward_cls.output(self.node).as_strided(*self.view)
 
 
 @contextmanager
-def _saved_as_recipe(x: Tensor) -> Generator[None]:
-    """In the block, save `_SavedView`s for `x` and its views, if `_ActivationProduct` made `x`."""
-    node = getattr(x, "grad_fn", None)
-    if not isinstance(node, _ActivationProduct._backward_cls):
+def saved_as_recipe(x: Tensor) -> Generator[None]:
+    """In the block, save `_SavedView`s for `x` and its views, if a `Recomputable` made `x`."""
+    node: Any = getattr(x, "grad_fn", None)
+    if not issubclass(getattr(node, "_forward_cls", object), Recomputable):
         yield
         return
     # only the innermost hooks of torch are called, so these pass all other tensors on to the outer
@@ -130,7 +143,7 @@ class _GatedMlp(SwappedClass):
         if not _can_recompute(act):
             return super().forward(x)
         product = _ActivationProduct.apply(act, self.gate_proj(x), self.up_proj(x))
-        with _saved_as_recipe(product):
+        with saved_as_recipe(product):
             return self.down_proj(product)
 
 
@@ -152,7 +165,7 @@ class _MlpOutput(SwappedClass):
     computes_as_before = True
 
     def forward(self: Any, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        with _saved_as_recipe(hidden_states):
+        with saved_as_recipe(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
 
 

@@ -13,9 +13,8 @@ from peft import PeftModel
 from torch import nn
 
 from petl.core.layers.class_swap import SwappedClass, mixins_of, restore_class
-from petl.core.losses import extra_losses
+from petl.core.losses import extra_losses, loss_part
 from petl.core.registry import method_part
-from petl.core.spec.method import loss_part
 from petl.core.support import Capability, Lacks, Part, conflicts
 from petl.errors import UnsupportedError
 from petl.system.collectives import is_sharded

@@ -36,6 +36,7 @@ from petl.core.support import Capability
 from petl.core.types import Arguments, CausalModel, base_of
 from petl.efficiency.rewrite import AUTO, Rewrite, Value
 from petl.errors import InputError
+from petl.ops import IGNORED
 from petl.ops.low_rank import LINEAR, WEIGHT_TYPES, has_no_hooks, product_dtype, weight_for
 from petl.ops.segmented_loss import AnyHead, Head, LinearHead, mean_loss, require_tokens, shifted
 
@@ -213,7 +214,7 @@ def _loss(
         outputs: what the decoder and the modules around it returned, the outermost last.
     """
     given: Arguments = inspect.signature(ForCausalLMLoss).bind(*args, **kwargs).arguments
-    ignore, items = given.get("ignore_index", -100), given.get("num_items_in_batch")
+    ignore, items = given.get("ignore_index", IGNORED), given.get("num_items_in_batch")
     shift_labels = given.get("shift_labels")
     decoder = decoder_of(model)
     # last_hidden_state comes first in every decoder's output

@@ -18,15 +18,14 @@ from peft import PeftModel
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch.optim import Optimizer
 
-from petl.core.adapter_widths.components import Components, Ordered
 from petl.core.layers.layer import is_lora_b
 from petl.core.layers.wrappers import factors_of_experts
 from petl.core.method import Finish, WrapContext
 from petl.core.model.targets import resolve_targets
 from petl.core.parameters import check_module
 from petl.core.registry import adopt, no_calibration
-from petl.core.spec.facts import facts_of
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.components import Components, Ordered
+from petl.core.spec.facts import facts_of, modifies_base_weights
 from petl.core.support import BASES, Capability
 from petl.errors import InputError
 

@@ -26,3 +26,6 @@ class Ctx:
 
     def __setattr__(self, name: str, value: object) -> None:
         """Keep a value under a name of its own."""
+
+
+IGNORED = -100  # the label of padding, and of tokens that are not learned, as in transformers

@@ -3,12 +3,14 @@
 Shapes: I in, O out, R rank, T tokens. The update B A [O, I] is never formed in a forward pass.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
@@ -119,6 +121,59 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
+class _SharedCast(torch.autograd.Function):
+    """A cast that other products of the same tensor keep for backward, too."""
+
+    @staticmethod
+    def forward(ctx: Ctx, x: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return cast.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None  # each product's own: the sum of them is not rounded
+
+
+class _LastCast(NamedTuple):
+    """What was cast last, which the next products of it read: queries, keys and values."""
+
+    source: "weakref.ref[Tensor]"
+    version: int
+    cast: Tensor
+
+    def of(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return the cast of `x`, if it was this one and has not changed since."""
+        is_same = self.source() is x and self.version == x._version and self.cast.dtype == dtype
+        return self.cast if is_same else None
+
+
+_last: _LastCast | None = None
+
+
+def _forget(source: "weakref.ref[Tensor]") -> None:
+    global _last
+    if _last is not None and _last.source is source:
+        _last = None
+
+
+def cast_for_product(x: Tensor) -> Tensor:
+    """Return `x` in `product_dtype(x)`; where backward keeps it, one copy for all of its products.
+
+    Autocast would make and keep a copy for each.
+    """
+    global _last
+    dtype = product_dtype(x)
+    is_kept = x.dtype != dtype and x.requires_grad and torch.is_grad_enabled()
+    if not is_kept or torch.compiler.is_compiling():
+        return x.to(dtype)
+    found = None if _last is None else _last.of(x, dtype)
+    if found is None:
+        found = x.detach().to(dtype)
+        _last = _LastCast(weakref.ref(x, _forget), x._version, found)
+    return _SharedCast.apply(x, found)
+
+
 def linear_with_low_rank(
     x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor | None:
@@ -142,7 +197,7 @@ def linear_with_low_rank(
     frozen = frozen_weight_and_bias(base, x)
     if frozen is None:
         return None
-    return low_rank_linear(x.to(product_dtype(x)), frozen, A, B, scale, dropout=dropout)
+    return low_rank_linear(cast_for_product(x), frozen, A, B, scale, dropout=dropout)
 
 
 def project_down(x: Tensor, A: Tensor) -> Tensor:

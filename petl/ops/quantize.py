@@ -13,6 +13,7 @@ from torch import Tensor
 
 from petl.errors import InputError
 from petl.ops import Ctx
+from petl.system.values import bounded, one_of
 
 # Code books of 1, 2, 4 and 8 bits with minimal expected absolute error for a standard normal. Each
 # code is the median of its cell and each boundary is midway between two codes. The books are
@@ -231,14 +232,21 @@ def pv_codes(
             share of the norm of the present values; the first one always does. None: no bound.
 
     Raises:
-        InputError: `fraction` or `trust` is out of range.
+        InputError: a value is not allowed, or `codes` and `target` do not belong together.
     """
-    if not 0 < fraction <= 1:
+    one_of(*BITS).check("bits", bits, int)
+    bounded(gt=0, le=1).check("fraction", fraction, float)
+    bounded(gt=0).check("trust", trust, float | None)
+    if codes.shape != target.shape:
         raise InputError(
-            f"fraction={fraction} is not in (0, 1]: the share of codes that may change"
+            f"target has shape {list(target.shape)} and codes {list(codes.shape)}: give a value "
+            "for each code"
         )
-    if trust is not None and not trust > 0:
-        raise InputError(f"trust={trust} is not above 0; None: no bound")
+    if codes.is_floating_point() or not bool(((codes >= 0) & (codes < 2**bits)).all()):
+        raise InputError(
+            f"codes of {codes.dtype} are not all integers from 0 to {2**bits - 1}, those of "
+            f"bits={bits}"
+        )
     stats_12 = torch.stack([mu, sigma]).view(1, 2)
     rows = codes.reshape(1, -1), target.reshape(1, -1)
     return pv_codes_each(*rows, stats_12, bits, fraction=fraction, trust=trust).view(codes.shape)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from petl.errors import InputError
-from petl.ops import Ctx
+from petl.ops import IGNORED, Ctx
 
 
 class Head(Protocol):
@@ -170,10 +170,10 @@ class _SummedLoss(torch.autograd.Function):
         return None, None, gradient, None, *scaled
 
 
-IGNORED = -1  # labels of positions that are left out, within this module
+LEFT_OUT = -1  # labels of positions that are left out, within this module
 
 
-def shifted(labels: Tensor, ignore: int = -100) -> Tensor:
+def shifted(labels: Tensor, ignore: int = IGNORED) -> Tensor:
     """Return the label that each position predicts, [..., T]: that of the next token."""
     return F.pad(labels, (0, 1), value=ignore)[..., 1:]
 
@@ -185,7 +185,7 @@ def labelled(labels: Tensor) -> Tensor | None:
     """
     if isinstance(labels, FakeTensor) or labels.is_meta:
         return None
-    kept = (labels != IGNORED).nonzero().squeeze(1)
+    kept = (labels != LEFT_OUT).nonzero().squeeze(1)
     return None if len(kept) == len(labels) else kept
 
 
@@ -197,13 +197,13 @@ def mean_loss(
     tokens: int,
     parameters: Sequence[Tensor] = (),
     items: Tensor | int | None = None,
-    ignore: int = -100,
+    ignore: int = IGNORED,
 ) -> Tensor:
     """Return the cross-entropy of `labels` by a `head`, as `segmented_loss` does."""
     labels = labels.to(hidden.device)
     valid = labels != ignore
     # `ignore` may be any number, also a valid entry of the vocabulary
-    labels = labels.masked_fill(~valid, IGNORED)
+    labels = labels.masked_fill(~valid, LEFT_OUT)
     total = _SummedLoss.apply(head, tokens, hidden, labels, *parameters)
     # items: labels of all micro-batches of a step, as the Trainer of transformers counts them
     count = valid.sum() if items is None else items
@@ -218,7 +218,7 @@ def segmented_loss(
     tokens: int,
     bias: Tensor | None = None,
     items: Tensor | int | None = None,
-    ignore: int = -100,
+    ignore: int = IGNORED,
 ) -> Tensor:
     """Return the mean cross-entropy of `hidden @ weight.T + bias`, computed in segments.
 

@@ -242,10 +242,29 @@ def claim(run: Path) -> None:
     """
     # here, because whatever writes to the folder of a run locks it first
     check_links(run)
-    holder = try_claim(run)
+    _claim(run)
+
+
+@contextmanager
+def claimed(folder: Path) -> Generator[None]:
+    """Lock a folder of several runs, which is created if it is missing.
+
+    Raises:
+        InputError: another process holds the lock, and the message names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def _claim(folder: Path) -> None:
+    holder = try_claim(folder)
     if holder:
         raise InputError(
-            f"{run} is being written by {holder}; wait until that has ended, or stop it"
+            f"{folder} is being written by {holder}; wait until that has ended, or stop it"
         )
 
 

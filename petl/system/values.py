@@ -32,7 +32,6 @@ from petl.errors import (
     did_you_mean,
     shown,
 )
-from petl.system.settings.other_names import HERE
 
 T = TypeVar("T")
 
@@ -233,6 +232,7 @@ class Rule:
         elif (value is None and NoneType in get_args(hint)) or self.holds(value):
             return
         else:
+            raise_beyond(name, value)
             words = self.words + (", or null" if NoneType in get_args(hint) else "")
         raise InputError(
             f"{name}={shown(value)} is not {words}{self.reason and f': {self.reason}'}"
@@ -399,11 +399,16 @@ def _setting(value: object, hint: object, name: str) -> object:
     if type_problem(converted, hint):
         words = WORDS[float] if isinstance(converted, float) and hint is float else ""
         raise InputError(f"{name}={shown(value)} is not {words or f'of type {type_name(hint)}'}")
-    if isinstance(converted, int) and abs(converted) > LARGEST:
+    raise_beyond(name, converted)
+    return converted
+
+
+def raise_beyond(name: str, value: object) -> None:
+    """Raise InputError if the value of a setting is an integer beyond `LARGEST`."""
+    if isinstance(value, int) and abs(value) > LARGEST:
         raise InputError(
             f"{name}={shown(value)} is out of range: no number of a run is beyond {LARGEST:,}"
         )
-    return converted
 
 
 def convert(value: object, hint: Any) -> Any:
@@ -451,6 +456,8 @@ def named_here(name: str, known: Iterable[str]) -> str:
     Args:
         known: the last parts of names that it may have.
     """
+    from petl.system.settings.other_names import HERE  # of wrong names alone
+
     if name in HERE:
         return f"; write {HERE[name]}"
     # a name of another trainer, misspelt, unless one of petl is nearer

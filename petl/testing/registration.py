@@ -18,8 +18,7 @@ from peft.mapping import (
 from peft.utils import PeftType
 from torch import nn
 
-from petl.core.experts.files import split_experts
-from petl.core.experts.linears import stack_of
+from petl.core.experts.linears import split_experts, stack_of
 from petl.core.method import Method
 from petl.core.register import register
 from petl.core.registry import build_config, wrap

@@ -32,7 +32,7 @@ from petl.testing.training import rows_of
 def wrap_two(case: Case) -> PeftModel:
     """Return a model with adapters "first" (active) and "second", which both have an effect."""
     model = stir(case.wrap(adapter_name="first"), "first", seed=2)
-    add_another(case, model, "second")
+    add_second(case, model)
     # `stir` changes trainable tensors only, so each adapter is activated first
     model.set_adapter("second")
     stir(model, "second", seed=3)
@@ -40,13 +40,13 @@ def wrap_two(case: Case) -> PeftModel:
     return model.eval()
 
 
-def add_another(case: Case, model: PeftModel, name: str) -> None:
-    """Add an adapter called `name` with the case's config."""
+def add_second(case: Case, model: PeftModel) -> None:
+    """Add an adapter called "second" with the case's config."""
     config: Any = case.config()
     if not case.promises.own:  # PEFT does not know petl's presets of targets
         first: Any = next(iter(model.peft_config.values()))
         config.target_modules = first.target_modules
-    model.add_adapter(name, config)
+    model.add_adapter("second", config)
 
 
 @check()
@@ -128,7 +128,7 @@ def deleted_adapters_leave_no_tensor(case: Case) -> None:
     assert keys == remaining, f"tensors after the deletion: {sorted(keys ^ remaining)} differ"
     assert "second" not in model.peft_config
     assert torch.equal(logits(model, batch), expected), "deleting the second changed the first"
-    add_another(case, model, "second")
+    add_second(case, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns that it activates another adapter
         model.delete_adapter("first")

@@ -540,8 +540,6 @@ class FirstBatches:
 # Warnings about splits
 
 NAMED = 5  # classes that a message names
-# fraction of the test rows; assumption: fewer shift a score by less than its interval (the
-# definitions of WordNet repeat in 0.6 %)
 
 
 def warn_about_truncation(task: Task, processor: Processor, raw: Dataset, encoded: Dataset) -> None:

@@ -381,11 +381,9 @@ class Evaluator:
             with accelerator.autocast():
                 prompts = [task.prompt(processor, row) for row in batch]
                 of_part = ids and [ids[row] for row in part]
-                most, is_chat = task.generate or 1, getattr(task, "chat", False)
-                prefix = getattr(task, "prefix", "")
-                texts = generation.written(
-                    model, processor, prompts, most, of_part, is_chat=is_chat, prefix=prefix
-                )
+                asked = model, processor, prompts, task.generate or 1, of_part
+                is_chat = getattr(task, "chat", False)
+                texts = generation.written(*asked, is_chat=is_chat, prefix=task.prefix)
             if number >= len(own):  # a surplus batch, computed for the other processes
                 continue
             for position, text, answer in zip(part, texts, batch["_answer"], strict=True):

@@ -337,11 +337,11 @@ def coverage(found: Sequence[Case]) -> Share:
     return Share(center, max(0.0, center - half), min(1.0, center + half))
 
 
-def mean_of_tasks(found: Sequence[Case], name: str) -> dict[str, float]:
-    """Return the mean of a figure by task."""
+def mean_regrets(found: Sequence[Case]) -> dict[str, float]:
+    """Return the mean regret by task."""
     values: dict[str, list[float]] = defaultdict(list)
     for case in found:
-        values[case.task].append(getattr(case, name))
+        values[case.task].append(case.regret)
     return {task: statistics.fmean(each) for task, each in values.items()}
 
 
@@ -368,7 +368,7 @@ def tables(tasks: Sequence[Known]) -> Iterator[tuple[str, Table]]:
             finite = [case for case in found if math.isfinite(case.width)]
             usual = sum(case.usual for case in finite)
             wider = f"{sum(case.width for case in finite) / usual:.1f}" if usual else ""
-            cells = regrets(unit, mean_of_tasks(found, "regret"))
+            cells = regrets(unit, mean_regrets(found))
             rows.append([f"{procedure}, {name}", *cells, wider])
         for rule, setting in RULES.items():
             by_task = {known.task: known.test(known.best()) - known.test(setting) for known in own}

@@ -11,6 +11,7 @@ import torch
 
 from bench import (
     cached,
+    clients,
     compiled,
     copied,
     drafting,
@@ -147,6 +148,7 @@ def _measures(
         "cache": lambda shape: cached.measure(shape, rounds),
         "dist": lambda shape: isolated.throughput(rows, scale.short(shape), fewer),
         "serve": lambda shape: serve.measure(rows, shape, fewer),
+        "clients": lambda shape: clients.measure(fewer),
         "many": lambda shape: many.adapters(rows, shape, fewer) + many.modules(rows, shape),
         "scale": lambda shape: scale.measure(rows, shape, fewer),
         "growth": lambda shape: growth.measure(),

@@ -13,6 +13,7 @@ from petl.system.files.read import read_yaml
 FILE = Path(__file__).with_name("claims.yaml")
 FILES: dict[str, Callable[..., None]] = {  # by the entry `files` of a setting
     "images": fashion.write_images,
+    "long": texts.write_long,
     "prompts": prompts.write_prompts,
     "tasks": task_files.write_tasks,
     "texts": texts.write_texts,

@@ -82,7 +82,7 @@ class Estimate:
         half = half_width(self.variance, self.freedom, level)
         return self.mean - half, self.mean + half
 
-    def predicted_half_width(self, seeds: int, rows: int, level: float = LEVEL) -> float:
+    def predicted_half_width(self, seeds: int, rows: int) -> float:
         """Return the half width to expect with other numbers of seeds and test examples.
 
         Degrees of freedom are taken as those of the seeds alone, so that it errs to the wide side.
@@ -91,7 +91,7 @@ class Estimate:
         of_seeds = max(0.0, self.seed_square - rest) / self.rows
         of_examples = max(0.0, self.example_square - rest) / self.seeds
         variance = of_seeds / seeds + of_examples / rows + rest / (seeds * rows)
-        return half_width(variance, seeds - 1, level)
+        return half_width(variance, seeds - 1, LEVEL)
 
     def enough(self, half: float) -> tuple[int, int] | None:
         """Return the seeds and test rows with which the half width is at most `half`.

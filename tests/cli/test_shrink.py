@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import petl
 from petl.adapters.export.saved_adapter import find
+from petl.adapters.shrink.source import Source
 from petl.cli import main
 from petl.cli import shrink as command
 from petl.data.models.loading import load_base
@@ -210,13 +211,16 @@ def test_a_model_takes_its_rows_from_a_file(tiny, tmp_path):
         (("{run}", "{out}", "--heads"), "head_dim"),
         (("{run}", "{out}", "--widths", "by_block", "--multiple", "64"), "lower it"),
         (("{run}", "{model}"), "already exists"),
-        (("{run}", "{out}", "--sparsity", "0"), "above 0"),
+        (("{run}", "{out}", "--multiple", "1000"), "lower multiple"),
+        (("{run}", "{out}", "--sparsity", "0"), "(0, 1)"),
+        (("{run}", "{out}", "--sparsity", "1"), "(0, 1)"),
     ],
 )
 def test_what_cannot_be_shrunk_is_refused(
     words, message, lora_run, tiny, tmp_path, capfd, monkeypatch
 ):
-    # before any rows are scored
+    # before any weights are read, or rows scored
+    monkeypatch.setattr(Source, "dense", lambda self: pytest.fail("weights are read"))
     monkeypatch.setattr(Evaluator, "test", lambda *args, **kwargs: pytest.fail("rows are scored"))
     shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
     places = {

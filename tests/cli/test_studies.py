@@ -59,7 +59,7 @@ def test_a_study_whose_runs_fail_writes_the_page_of_the_others(
     words = ["study", str(tmp_path), "--methods", "lora", "--seeds", "0", *tiny.classify]
     assert main(words) == 1
     assert not written  # nothing to show
-    assert "1 runs failed, see" in capsys.readouterr().err
+    assert "1 run failed, see" in capsys.readouterr().err
 
 
 def test_buckets_are_written_and_the_padding_that_they_save_is_printed(

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 import petl
 from petl import testing
+from petl.core.losses import WRAP_ONLY
 from petl.core.registry import needs_calibration
 from petl.core.spec.config import MethodConfig
-from petl.core.spec.method import WRAP_ONLY
 from petl.core.support import Capability
 from petl.system.settings.schema import plain
 from petl.training.compose import compose

@@ -109,9 +109,9 @@ def test_missing_calibration_is_an_error(start):
 
 
 def test_a_name_can_be_registered_once():
-    with pytest.raises(ValueError, match="method name 'lora' is taken by peft"):
+    with pytest.raises(ValueError, match="name 'lora' is taken by peft"):
         petl.adopt("lora", peft.LoraConfig, summary="", paper="")
-    with pytest.raises(ValueError, match="method name 'mos' is taken"):
+    with pytest.raises(ValueError, match="name 'mos' is taken"):
         petl.register(type(petl.method("mos")))
 
 

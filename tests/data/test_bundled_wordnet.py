@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from petl.data.base import read_data
-from petl.data.bundled import WORDNET_NOTICE
+from petl.data.bundled import WORDNET_FILE
 
 SETTINGS = {
     "name": "wordnet",
@@ -57,7 +57,7 @@ def test_test_rows_do_not_depend_on_the_number_of_training_rows():
 
 
 def test_the_license_of_wordnet_is_next_to_the_rows():
-    notice = WORDNET_NOTICE.read_text()
+    notice = WORDNET_FILE.with_name("wordnet_license.txt").read_text()
     assert notice.startswith("This software and database is being provided to you, the LICENSEE")
     assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in notice
 

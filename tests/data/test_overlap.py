@@ -56,7 +56,7 @@ def test_texts_that_are_alike_are_replayed_or_measured_together():
 
 def test_the_half_that_finished_runs_have_replayed_stays():
     """The digest is of the bundled texts' first half, as runs of petl 0.2.0 divided them."""
-    one, other = halves(texts_for(["bundled"], "--retain", CausalLM(), {}))
+    one, other = halves(texts_for(["bundled"], CausalLM(), {}))
     assert (len(one), len(other)) == (50, 70)
     digest = hashlib.sha256("\0".join(one).encode()).hexdigest()
     assert digest == "0eb43fb6563a515009b3d56914e7c9c2e03196cef005c4e8139c402cd07bb93d"

@@ -77,6 +77,25 @@ def test_shares_of_codes_out_of_range_are_refused(wrong):
         pv_codes(*torch.zeros(2, 4).long(), torch.tensor(0.0), torch.tensor(1.0), 1, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"bits": 3}, "bits=3 is not one of 1, 2, 4, 8"),
+        ({"bits": "1"}, "bits='1' is not"),
+        ({"fraction": "a"}, "fraction='a' is not"),
+        ({"trust": "x"}, "trust='x' is not"),
+        ({"target": torch.zeros(5)}, r"target has shape \[5\] and codes \[4\]"),
+        ({"codes": torch.tensor([0, 1, 2, 0])}, "codes .* 0 to 1"),
+        ({"codes": torch.tensor([0, 1, -1, 0]), "bits": 2}, "codes .* 0 to 3"),
+        ({"codes": torch.zeros(4)}, "codes of torch.float32"),
+    ],
+)
+def test_codes_and_values_that_do_not_fit_are_refused(wrong, words):
+    given = {"codes": torch.zeros(4).long(), "target": torch.zeros(4), "bits": 1}
+    with pytest.raises(InputError, match=words):
+        pv_codes(mu=torch.tensor(0.0), sigma=torch.tensor(1.0), **(given | wrong))
+
+
 def weights_of(model, name="default"):
     return quantizer_of(model).quantized_weights[name]
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from adapter_fixtures import adapters
 from peft import PeftModel, get_peft_model_state_dict
 from tiny_families import FAMILIES, Family, K
 from torch import Tensor, nn
@@ -44,12 +45,6 @@ POOL = "petl_compacter_pools"
 
 def wrapped(name: str, **fields) -> PeftModel:
     return petl.wrap(FAMILIES[name].build(), "compacter", **{"r": 8, **fields}).eval()
-
-
-def adapters(model: PeftModel) -> dict[str, nn.Module]:
-    """By path in the base model, the adapters called "default"."""
-    tuned = {n: m for n, m in model.named_modules() if isinstance(m, petl.AdapterLayer)}
-    return {n.removeprefix("base_model.model."): m.adapters["default"] for n, m in tuned.items()}
 
 
 def shared(model: PeftModel, adapter_name: str = "default") -> nn.Module:

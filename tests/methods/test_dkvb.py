@@ -494,7 +494,9 @@ def test_keys_and_distances_are_float32_on_a_bfloat16_base():
     assert {t.dtype for t in (adapter.keys, adapter.projection, adapter.values)} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
         out = adapter.logits(rows.bfloat16())
-    assert out.dtype == torch.float32
+        head = model(x=rows.bfloat16())["logits"]
+    assert out.dtype == head.dtype == torch.float32  # no two classes get one rounded score
+    assert torch.equal(out, head)
     torch.testing.assert_close(out, adapter.logits(rows.bfloat16().float()))
 
 

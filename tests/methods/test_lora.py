@@ -206,7 +206,7 @@ def test_an_adapter_loads_in_a_process_without_petl(tmp_path):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_initializations_that_modify_the_base_are_recognized(start):
-    from petl.core.spec.method import modifies_base_weights
+    from petl.core.spec.facts import modifies_base_weights
 
     assert modifies_base_weights(petl.build_config("lora", init_lora_weights=start))
     assert not modifies_base_weights(petl.build_config("lora"))

@@ -1,5 +1,8 @@
 """Low-rank products, compared with the dense update in float64."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from bench.counters import Kernels, kept_bytes
@@ -8,7 +11,15 @@ from transformers.pytorch_utils import Conv1D
 
 from petl.ops import low_rank
 from petl.ops.dropout import keep_mask
-from petl.ops.low_rank import LowRankRows, add_low_rank, add_up, low_rank_linear, project_down
+from petl.ops.low_rank import (
+    LowRankRows,
+    add_low_rank,
+    add_up,
+    cast_for_product,
+    linear_with_low_rank,
+    low_rank_linear,
+    project_down,
+)
 
 I, O, R = 6, 5, 3
 
@@ -241,3 +252,73 @@ def test_updates_of_several_ranks_are_padded_unless_most_would_be_padding():
     expected = [y[g] + 0.5 * x[g] @ (B @ A).T for g, (A, B, _) in enumerate(factors)]
     torch.testing.assert_close(rows(x, y), torch.stack(expected))
     assert LowRankRows.stack(factors[1:] + factors[2:], torch.float32) is None  # 15 for 7
+
+
+def products_in_bfloat16(x, frozen, factors):
+    """Two products of one tensor, whose saved tensors in bfloat16 are counted by storage."""
+    kept = {}
+
+    def pack(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.shape == x.shape:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    outputs = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        for A, B in factors:
+            outputs.append(linear_with_low_rank(x, frozen, A, B, 2.0))
+    return outputs, kept
+
+
+def test_products_of_one_tensor_keep_one_copy_of_it_for_backward():
+    """Outputs and gradients are those of a copy each, to the bit."""
+    torch.manual_seed(0)
+    frozen = nn.Linear(12, 8).requires_grad_(False)
+    factors = [(torch.randn(2, 12), torch.randn(8, 2)) for _ in range(3)]
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    outputs, kept = products_in_bfloat16(x, frozen, factors)
+    assert len(kept) == 1
+    sum(each.float().square().sum() for each in outputs).backward()
+    parts, wanted = [], torch.zeros_like(x)
+    for A, B in factors:  # alone: nothing is shared
+        own = x.detach().clone().requires_grad_()
+        (output,), _ = products_in_bfloat16(own, frozen, [(A, B)])
+        output.float().square().sum().backward()
+        parts.append(output)
+        wanted = own.grad + wanted
+    assert all(map(torch.equal, outputs, parts))
+    torch.testing.assert_close(x.grad, wanted, atol=1e-6, rtol=1e-6)  # summed in float32
+
+
+def test_a_tensor_that_has_changed_is_cast_again():
+    torch.manual_seed(0)
+    frozen = nn.Linear(12, 8).requires_grad_(False)
+    A, B = torch.randn(2, 12), torch.randn(8, 2)
+    x = torch.zeros(1, 5, 12, requires_grad=True) * 1.0
+    with torch.autocast("cpu", torch.bfloat16):
+        first = linear_with_low_rank(x, frozen, A, B, 2.0)
+        x.add_(1.0)
+        second = linear_with_low_rank(x, frozen, A, B, 2.0)
+        wanted = linear_with_low_rank(torch.ones(1, 5, 12), frozen, A, B, 2.0)
+    assert torch.equal(second, wanted)
+    assert not torch.equal(first, second)
+
+
+def test_a_copy_goes_with_its_tensor():
+    frozen = nn.Linear(12, 8).requires_grad_(False)
+    copies = []
+    for _ in range(2):
+        x = torch.randn(1, 5, 12, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            copy = cast_for_product(x)
+        assert copy.dtype == torch.bfloat16
+        copies.append(weakref.ref(copy.untyped_storage()))
+        del copy, x
+        gc.collect()
+    assert [each() for each in copies] == [None, None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert cast_for_product(frozen.weight).dtype == torch.bfloat16
+    assert cast_for_product(frozen.weight) is frozen.weight

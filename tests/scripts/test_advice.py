@@ -19,7 +19,7 @@ from advice.replay import (
     Case,
     cases,
     coverage,
-    mean_of_tasks,
+    mean_regrets,
     read,
     tables,
 )
@@ -145,7 +145,7 @@ def test_intervals_hold_about_as_often_as_they_say(procedure):
     # cases of a task share its rows, so that 12 tasks leave 12 independent ones or a few more
     assert 0.65 <= share.center <= 1
     assert share.low <= share.center <= share.high
-    assert statistics.median(mean_of_tasks(found, "regret").values()) < 0.03
+    assert statistics.median(mean_regrets(found).values()) < 0.03
     assert 0.03 < statistics.fmean(case.width for case in found) < 0.3
 
 

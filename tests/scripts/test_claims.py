@@ -336,7 +336,7 @@ def test_a_claim_with_some_of_its_seeds_has_no_verdict(claim, tmp_path, made, mo
         return real(self, job)
 
     monkeypatch.setattr(Study, "_train", fail)
-    with pytest.raises(RunStopped, match="tiny: lora r=4: 1 runs failed"):
+    with pytest.raises(RunStopped, match="tiny: lora r=4: 1 run failed"):
         running.try_claim(claim, tmp_path, "the command")
     found = results.read(tmp_path / "tiny.json")
     assert set(found.contenders) == {WIDE, THIN, MIXED}  # the others are trained all the same

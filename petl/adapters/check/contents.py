@@ -14,7 +14,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, NotRequired, TypedDict
 
-from petl.adapters.check.findings import Finding, Found, NotCheckedError, Severity
+from petl.adapters.check.findings import Found, NotCheckedError
 from petl.adapters.check.folder import (
     BLOCK,
     COMPRESSED,
@@ -35,6 +35,7 @@ from petl.system.files.paths import LABELS
 from petl.system.files.read import read_json
 from petl.system.patterns import risky_patterns
 from petl.system.values import type_problem
+from petl.training.watch.findings import Finding, Severity
 
 # format
 

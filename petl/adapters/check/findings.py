@@ -1,16 +1,9 @@
 """What `petl check` reports: findings with a severity, and what could not be checked."""
 
 from collections.abc import Iterable
-from enum import StrEnum
 from typing import NamedTuple
 
-
-class Severity(StrEnum):
-    """How much a finding weighs."""
-
-    NOTE = "note"
-    WARNING = "warning"
-    ERROR = "error"
+from petl.training.watch.findings import Finding, Severity
 
 
 class Found(NamedTuple):
@@ -19,16 +12,6 @@ class Found(NamedTuple):
     what: str
     where: str = ""
     remedy: str = ""
-
-
-class Finding(NamedTuple):
-    """A finding: the rule by `id`, GROUP.NAME, its severity, and what it found."""
-
-    id: str
-    severity: Severity
-    what: str
-    where: str
-    remedy: str
 
 
 class NotCheckedError(Exception):

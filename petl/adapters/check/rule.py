@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from petl.adapters.check.findings import Finding, Found, NotCheckedError, Severity
+from petl.adapters.check.findings import Found, NotCheckedError
 from petl.adapters.check.folder import Subject
 from petl.errors import InputError
+from petl.training.watch.findings import Finding, Severity
 
 
 class Rule(NamedTuple):

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from petl.adapters.check import chat, contents, serving, with_base
-from petl.adapters.check.findings import Checked, NotCheckedError, Severity
+from petl.adapters.check.findings import Checked, NotCheckedError
 from petl.adapters.check.folder import CONFIG, locate
 from petl.adapters.check.rule import Rule, asked
 from petl.adapters.export.engines import ENGINES
 from petl.errors import InputError, choose
 from petl.system.files.paths import is_repository
 from petl.system.files.read import iterate_json_lines
+from petl.training.watch.findings import Severity
 
 ROWS = 32  # of a file of data
 NOTE, WARNING, ERROR = Severity.NOTE, Severity.WARNING, Severity.ERROR

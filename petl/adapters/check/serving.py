@@ -16,19 +16,28 @@ PICKLES = re.compile(r"adapter_model\.(bin|pt)")
 LATER = 60.0  # seconds: files of one save are younger or older by less
 
 
+def adapted_layers(subject: Subject) -> list[str]:
+    """Return the names of the layers of a LoRA; none if they cannot be read."""
+    try:
+        return [*subject.pairs]
+    except NotCheckedError:  # the config alone may tell
+        return []
+
+
 def misread(subject: Subject) -> Iterator[Found]:
     """The engine that was asked for refuses it, or would compute another update."""
     if subject.engine is not None:
-        engine = ENGINES[subject.engine]
-        if reason := refusal(subject.config, engine):
+        engine, adapted = ENGINES[subject.engine], adapted_layers(subject)
+        if reason := refusal(subject.config, engine, adapted):
             yield Found(f"{engine} cannot serve it: {reason}", CONFIG)
 
 
 def engines(subject: Subject) -> Iterator[Found]:
     """Engines that refuse it, or would compute another update."""
     if subject.engine is None and subject.config.get("task_type") in (None, "CAUSAL_LM"):
+        adapted = adapted_layers(subject)
         for engine in ENGINES.values():
-            if reason := refusal(subject.config, engine):
+            if reason := refusal(subject.config, engine, adapted):
                 yield Found(f"{engine} cannot serve it: {reason}", CONFIG)
 
 

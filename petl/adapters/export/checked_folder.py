@@ -17,8 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from petl.core.compat import BaseTunerLayer
-from petl.core.spec.facts import facts_of
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import facts_of, modifies_base_weights
 from petl.data.tasks.base import IGNORED
 from petl.errors import RunStopped, UnsupportedError
 from petl.system.files.disk import write_atomic

@@ -2,9 +2,11 @@
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from petl.system.towers import is_beside_text
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
@@ -38,9 +40,19 @@ STACKS = (
     "RUN OUT --lora --engine vllm)"
 )
 TYPE = "it is of type {type}, and {engine} serves LoRA alone"
-COMMON = {"type": TYPE, "modules": COPIES, "tokens": COPIES, "dora": DORA, "bias": BIASES}
+BESIDE = "it adapts layers beside the language model, such as those of images, "
+TOWERS = f"{BESIDE}and {{engine}} leaves them as they are in the base"
+UNKNOWN = f"{BESIDE}which {{engine}} is not known to apply"  # its code was not read for it
+COMMON = {
+    "type": TYPE,
+    "modules": COPIES,
+    "tokens": COPIES,
+    "dora": DORA,
+    "bias": BIASES,
+    "towers": UNKNOWN,
+}
 ENGINES = {
-    "vllm": Engine("vLLM", "0.12", {**COMMON, "scales": SCALES, "rank": RANK}),
+    "vllm": Engine("vLLM", "0.12", {**COMMON, "scales": SCALES, "rank": RANK, "towers": TOWERS}),
     "sglang": Engine("SGLang", "0.5", {**COMMON, "scales": SCALES, "rank": RANK, "rslora": WEAK}),
     # its converter reads lora_alpha, and the rank of each layer from the tensors
     "llama.cpp": Engine(
@@ -61,8 +73,12 @@ ENGINES = {
 }
 
 
-def features(config: Mapping[str, object]) -> Iterator[str]:
-    """Yield what an adapter has besides the factors of a LoRA with one scale."""
+def features(config: Mapping[str, object], adapted: Iterable[str] = ()) -> Iterator[str]:
+    """Yield what an adapter has besides the factors of a LoRA with one scale.
+
+    Args:
+        adapted: paths of its layers.
+    """
     kind = str(config["peft_type"])
     if kind.startswith("PETL_"):
         yield "petl"
@@ -80,19 +96,22 @@ def features(config: Mapping[str, object]) -> Iterator[str]:
     yield from (name for name, field in fields.items() if config.get(field))
     if config.get("bias") not in (None, "none") or config.get("lora_bias"):
         yield "bias"
+    if any(map(is_beside_text, adapted)):
+        yield "towers"
     if len(scales(config)) > 1:
         yield "scales"
     if largest_rank(config) > RANKS[-1]:
         yield "rank"
 
 
-def refusal(config: Mapping[str, object], engine: Engine) -> str:
+def refusal(config: Mapping[str, object], engine: Engine, adapted: Iterable[str] = ()) -> str:
     """Return why an engine cannot serve an adapter, or would compute another update; "": it can.
 
     Args:
         config: as in adapter_config.json.
+        adapted: paths of its layers.
     """
-    lacking = next((name for name in features(config) if name in engine.lacks), None)
+    lacking = next((name for name in features(config, adapted) if name in engine.lacks), None)
     if lacking is None:
         return ""
     kind = str(config["peft_type"]).partition(" ")[0]
@@ -115,7 +134,8 @@ def serving_lines(folder: Path, *, for_vllm: bool = False) -> list[str]:
     from petl.core.adapter_folder import Folder
     from petl.training.runs.card_code import BASE
 
-    saved = Folder(folder).config
+    files = Folder(folder)
+    saved, adapted = files.config, files.shapes
     config = {**saved.to_dict(), "peft_type": str(getattr(saved.peft_type, "value", ""))}
     if config["task_type"] != "CAUSAL_LM":
         return []
@@ -133,7 +153,9 @@ def serving_lines(folder: Path, *, for_vllm: bool = False) -> list[str]:
     lines = []
     for key, command in commands.items():
         engine = ENGINES[key]
-        reason = "its base model has random weights" if is_random else refusal(config, engine)
+        reason = (
+            "its base model has random weights" if is_random else refusal(config, engine, adapted)
+        )
         cannot = f"{engine.name} cannot serve it: {reason}; `petl serve` and a merged model can"
         if key == "vllm" and config.get("target_parameters") and not for_vllm:
             command += STACKS

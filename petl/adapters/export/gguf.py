@@ -103,7 +103,7 @@ def decoder_of(saved: SavedAdapter) -> Decoder:
     with loading(source):
         # the architecture decides names and row order, so read from the base's own config
         kind = source.config().model_type
-    task = saved.config.task_type
+    task = saved.task_type
     if kind not in DECODERS or task != "CAUSAL_LM":
         raise UnsupportedError(
             f"an adapter for {kind} with task_type={task} cannot be written as GGUF; possible: "

@@ -55,7 +55,8 @@ def export_onnx(saved: SavedAdapter, out: Path, tolerance: float | None) -> Outp
     if task.writes:
         raise UnsupportedError(
             f"a model for {task.name} generates, which `petl export --onnx` does not write; "
-            "`petl merge` writes the model for other exporters, --gguf an adapter for llama.cpp"
+            "`petl merge` writes the model for other exporters"
+            + (", --gguf an adapter for llama.cpp" if task.name == "causal_lm" else "")
         )
     if task.tasks:
         raise UnsupportedError(

@@ -26,6 +26,7 @@ from petl.data.refused_rows import encode_usable
 from petl.data.tasks.base import Task
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
+from petl.data.tasks.image_text import ImageText
 from petl.data.tasks.media import MediaTask
 from petl.data.tasks.question_answering import QuestionAnswering
 from petl.data.tasks.regression import Regression
@@ -135,7 +136,7 @@ class SavedAdapter:
             return saved
         if self.data_if_any is not None:
             return self.data_if_any.task
-        task_type = str(self.config.task_type or self._type_of_base())
+        task_type = self.task_type
         if task_type == "CAUSAL_LM":
             return CausalLM(max_length=TOKENS)
         if task_type == "SEQ_2_SEQ_LM":
@@ -157,12 +158,18 @@ class SavedAdapter:
             "adapter_config.json"
         )
 
+    @property
+    def task_type(self) -> str:
+        """PEFT's task type; of an adapter without, as own code wraps models, that of its base."""
+        return str(self.config.task_type or self._type_of_base())
+
     def _type_of_base(self) -> str:
-        """Return the task type by the class that the base model was saved from; "": another."""
+        """Return the task type by the class that was adapted, or the base saved from; "": other."""
         source = read_source(self.settings["model"])
         with loading(source):
             config = source.config()
-        kind = (config.architectures or [""])[0]
+        adapted = (self.config.auto_mapping or {}).get("base_model_class")
+        kind = adapted or (config.architectures or [""])[0]
         if kind.endswith("ForCausalLM"):
             return "CAUSAL_LM"
         is_writer = kind.endswith("ForConditionalGeneration") and config.is_encoder_decoder
@@ -253,17 +260,7 @@ class SavedAdapter:
         """Model inputs to compare outputs on: test examples, or random ones without data."""
         data = self.data_if_any
         if data is None:
-            draw = torch.Generator().manual_seed(0)  # the same inputs before and after an export
-            if isinstance(self.task, MediaTask):
-                rows = self.task.random_rows(self.processor, ROWS, draw)
-            else:
-                rows = self._random_texts(draw)
-            batches = [
-                {name: values[start : start + BATCH] for name, values in rows.items()}
-                for start in range(0, ROWS, BATCH)
-            ]
-            if not self.task.label_columns:  # the model needs them as decoder inputs
-                batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+            batches = self._random_batches()
         else:
             _, (rows,) = encode_usable(
                 data,
@@ -281,6 +278,23 @@ class SavedAdapter:
         dtype = getattr(torch, self.settings["model"].get("dtype", "float32"))
         labels = self.task.label_columns
         return [to_device(as_inputs(batch, labels, dtype), device()) for batch in batches]
+
+    def _random_batches(self) -> list[Batch]:
+        """Random model inputs, with all that the task may have; of chats, one batch has images."""
+        draw = torch.Generator().manual_seed(0)  # the same inputs before and after an export
+        if isinstance(self.task, MediaTask):
+            rows = self.task.random_rows(self.processor, ROWS, draw)
+        else:
+            rows = self._random_texts(draw)
+        batches = [
+            {name: values[start : start + BATCH] for name, values in rows.items()}
+            for start in range(0, ROWS, BATCH)
+        ]
+        if not self.task.label_columns:  # the model needs them as decoder inputs
+            batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+        if isinstance(self.task, ImageText):  # texts alone do not reach the tower
+            batches.append(self.task.random_batch(self.processor, BATCH, draw))
+        return batches
 
     def _random_texts(self, draw: torch.Generator) -> Batch:
         """Rows of random tokens, with all inputs that texts of the task may have."""

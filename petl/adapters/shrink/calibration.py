@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
 from petl.core.masks import without_padding
+from petl.core.model.modes import checked_batches
 from petl.errors import UnsupportedError
 from petl.system import collectives as distributed
 from petl.training.ranks import block_importance
@@ -79,7 +80,7 @@ class InputSums:
 
     def each(self, batches: Batches) -> Iterator[Mapping[str, object]]:
         """Yield the batches; after the pass of each, add its sums."""
-        for batch in batches:
+        for batch in checked_batches(batches):
             self.masks.read_masks(self.model, batch)
             yield batch
             for path in self.before:

@@ -19,10 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from petl.adapters.export.checked_folder import save_model
 from petl.adapters.export.merge import merge, write_task_files
 from petl.adapters.export.saved_adapter import find, scores_of
-from petl.adapters.shrink.folder import write_widths
 from petl.adapters.shrink.model import planned, shrink
 from petl.adapters.shrink.source import Source
-from petl.core.model.layer_widths import FILE as WIDTHS
 from petl.core.model.modes import calibration_pass, forward
 from petl.core.types import Record
 from petl.data.models.loading import load_base, save_processor
@@ -118,6 +116,8 @@ class Work:
 
     def shrunk(self) -> tuple[PreTrainedModel, Record]:
         """Measure, cut and score; return the small model and the content of shrink.json."""
+        own = {name: self.settings[name] for name in PLANNED}
+        planned(self.source.unread(), **own)  # refuses what it can before weights are read
         train, splits = self.config.train, self.splits
         dense: PreTrainedModel = self.source.dense().to(self.accelerator.device).eval()
 
@@ -126,8 +126,7 @@ class Work:
                 when=f"with the {name} model"
             )
 
-        own = {name: self.settings[name] for name in PLANNED}
-        plan, _ = planned(dense, **own)  # refuses what it can before rows are scored
+        plan, _ = planned(dense, **own)
         rows = calibration_batches(CALIBRATION, self.config.model, splits)
         before = scores(dense, "dense")
         found = shrink(dense, ProgressItems(rows, "measuring channels"), **self.settings)
@@ -172,7 +171,6 @@ class Work:
         with new_folder(out) as draft:
             with Pass("writing the model", None):
                 save_model(small, draft)
-                write_widths(small, draft)
             save_processor(saved.settings["model"], task, draft, processor)
             write_task_files(task, small, draft)
             self._describe(draft, record, also)
@@ -208,14 +206,7 @@ class Work:
 
     def finish(self, record: Record, also: Write) -> None:
         """Merge the recovery into the shrunk model, and write it."""
-        saved = find(self.run)
-
-        def more(draft: Path) -> None:
-            widths = self.base / WIDTHS
-            if widths.exists():  # the merged model has those of its base
-                copy_file(widths, draft / WIDTHS)
-            self._describe(draft, record, also)
-
+        saved, more = find(self.run), lambda draft: self._describe(draft, record, also)
         on_main(self.accelerator, lambda: merge(saved, self.out, None, more))
 
     def recovered(self, run: Path | None = None) -> dict[str, float]:

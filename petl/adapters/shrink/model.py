@@ -8,7 +8,6 @@ weights; here they leave the model. Widths are multiples of `multiple`. Heads, t
 biases (An et al. 2024, FLAP, arXiv:2312.11983) and equal widths (`widths="even"`) are additions.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +21,19 @@ from petl.adapters.shrink.config import odd_parameters, set_list, set_widths, wi
 from petl.adapters.shrink.counts import counts_by_block, even_counts
 from petl.adapters.shrink.heads import Heads, find_heads, note_heads, set_heads
 from petl.core.compat import BaseTunerLayer
+from petl.core.layers.layer import shape_of
 from petl.core.model.changed import changed_copy
+from petl.core.model.layer_widths import remember_widths
 from petl.core.model.mlp import Mlp, find_mlp, kept_inputs, kept_outputs, matrix_of, note_shape
 from petl.core.parameters import check_module, quantization_of
 from petl.core.spec.config import require
 from petl.errors import UnsupportedError, choose
+from petl.system.values import FREE, bounded, integer, real
 from petl.training.ranks import METRICS, channel_scores
 from petl.training.ranks.importance import blocks_of
 
 EVEN, BY_BLOCK = "even", "by_block"
+SPARSITY = bounded(gt=0, lt=1)
 WIDTHS = {EVEN: "the same in every block", BY_BLOCK: "by the importance of the block"}
 Model = Any  # a PreTrainedModel, of any class
 
@@ -95,6 +98,7 @@ def shrink(  # noqa: PLR0913 - all but two by name
         UnsupportedError: the model has adapters, is quantized, is a mixture of experts, shares
             MLPs, or has blocks without an MLP of a known form.
     """
+    FREE.check("bias_correction", bias_correction, bool)
     plan, counts = planned(
         model,
         sparsity=sparsity,
@@ -145,14 +149,12 @@ def planned(  # noqa: PLR0913 - the arguments of `shrink`
         InputError, UnsupportedError: as of `shrink`, as far as they need no pass.
     """
     check_module(model, "petl.shrink")
-    require(0 < sparsity < 1, f"sparsity={sparsity} is not between 0 and 1")
-    require(
-        type(multiple) is int and multiple >= 1, f"multiple={multiple} is not an integer from 1"
-    )
+    SPARSITY.check("sparsity", sparsity, float)
+    integer(1).check("multiple", multiple, int)
+    FREE.check("heads", heads, bool)
+    real(0).check("b", b, float)
     # c=0 would score all channels alike
-    for name, power, fits, bound in (("b", b, b >= 0, "from 0"), ("c", c, c > 0, "above 0")):
-        fits &= type(power) is not bool and math.isfinite(power)
-        require(fits, f"{name}={power} is not a finite number {bound}")
+    real(0, above=True).check("c", c, float)
     choose(WIDTHS, widths, "widths")
     choose(METRICS, metric, "metric")
     plan = Plan.of(model, sparsity if heads else 0.0)
@@ -276,13 +278,18 @@ class Plan:
         own = {path for mlp in self.mlps.values() for path in (*mlp.inputs, mlp.down)}
         # the config is checked by what its class builds from it
         odd = odd_parameters(small, self.mlps)
-        odd = odd if even else [name for name in odd if name.rpartition(".")[0] not in own]
+        # what a list in the config says needs no file
+        widths = {name.rpartition(".")[0] for name in odd} & own
+        if not even:
+            odd = [name for name in odd if name.rpartition(".")[0] not in own]
         if odd:
             raise UnsupportedError(
                 f"{type(small).__name__} would have {odd[0]} of another shape than its config "
                 f"says, {list(small.get_parameter(odd[0]).shape)}; "
                 + ("leave heads out" if groups else f"widths={BY_BLOCK} needs no field of a config")
             )
+        paths = [path for path, _ in small.named_modules() if path in widths]
+        remember_widths(small, {path: [*shape_of(small.get_submodule(path))] for path in paths})
         return small
 
     def without_channels(

@@ -89,6 +89,13 @@ class Source:
         content = "".join(f"{file.name} {sha256(file)}\n" for file in files)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def unread(self) -> PreTrainedModel:
+        """Return the model without its weights, on the meta device."""
+        saved = self.saved
+        return load_base(
+            saved.settings["model"], saved.data.task, meta=True, processor=self.processor
+        )
+
     def dense(self) -> PreTrainedModel:
         """Load the model, the adapter of a run merged into it; on the CPU.
 

@@ -191,7 +191,7 @@ def _tried() -> ListingTable:
 
 
 def _losses() -> ListingTable:
-    from petl.core.spec.method import list_losses, loss
+    from petl.core.losses import list_losses, loss
 
     losses = map(loss, list_losses())
     rows = [

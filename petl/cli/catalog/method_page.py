@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 
 from petl.cli.catalog.recipes import Recipe, list_recipes, paper_of, parts_of, recipe
 from petl.cli.catalog.verdicts import verdict_lines
+from petl.core.losses import Loss
 from petl.core.method import Method
 from petl.core.registry import METHODS
-from petl.core.spec.method import LOSSES, Loss
 from petl.core.support import Capability
 from petl.errors import UnknownNameError, did_you_mean
 from petl.experiments.reports.fields import Field, describe_inner_fields, fields_of
 from petl.experiments.reports.formatting import as_yaml
+from petl.system.imports.tables import LOSSES
 from petl.system.settings.command_line import config_file, preset_of, shown_path
 
 

@@ -10,8 +10,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from petl.core.losses import loss
 from petl.core.registry import METHODS, method
-from petl.core.spec.method import loss
 from petl.errors import UnknownNameError, did_you_mean
 from petl.system.settings.command_line import config_file, options_of
 from petl.system.settings.schema import flat, plain

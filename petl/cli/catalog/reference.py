@@ -128,15 +128,11 @@ REFERENCES = (
 )
 
 
-def count_trainable(name: str) -> int | str:
-    """Return the number of trainable parameters of a method with its YAML, or why it has none."""
-    return counted(name)[0]
-
-
 def counted(name: str) -> tuple[int | str, str]:
-    """Return `count_trainable`, and the model: the first of its kind that the method adapts.
+    """Return the number of trainable parameters of a method with its YAML, or why it has none.
 
-    Of a method that trains nothing, the numbers that it computes are counted.
+    Of a method that trains nothing, the numbers that it computes are counted. Beside it stands the
+    model: the first of its kind that the method adapts.
     """
     preset = preset_of(name)
     if preset.get("tasks") == []:  # a method that serves several: counted with one

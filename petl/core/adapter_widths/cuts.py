@@ -14,9 +14,9 @@ from peft import PeftConfig
 from torch import Tensor
 
 from petl.core.adapter_file import PREFIX
-from petl.core.adapter_widths.components import Components, Ordered
 from petl.core.registry import method_of
 from petl.core.spec.checks import pattern_value, rank_of
+from petl.core.spec.components import Components, Ordered
 from petl.core.spec.facts import facts_of
 from petl.core.types import Fields
 from petl.errors import InputError, UnsupportedError

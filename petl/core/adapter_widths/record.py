@@ -4,7 +4,6 @@ A reader of the adapter could not know the scale of a smaller width without it. 
 it, and a model writes it with the adapters of which it knows it.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import TypedDict
 
 from peft import PeftConfig, PeftModel
 
-from petl.core.adapter_widths.components import SCALES
-from petl.core.compat import extend_method
+from petl.core.compat import extend_method, saved_folders
+from petl.core.spec.components import SCALES
 from petl.errors import InputError
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
@@ -88,11 +87,9 @@ def nested_of(model: PeftModel, name: str) -> Nested | None:
 def _save(original: Callable[..., None], model: PeftModel, *args: object, **kwargs: object) -> None:
     """Save adapters as `PeftModel.save_pretrained` does, nested ones with their file."""
     original(model, *args, **kwargs)
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
-    if KNOWN not in vars(model) or not given.get("is_main_process", True):
+    if KNOWN not in vars(model):
         return
-    for name in given.get("selected_adapters") or model.peft_config:
-        folder = Path(given["save_directory"]) / ("" if name == "default" else name)
+    for name, folder in saved_folders(model, args, kwargs)[0].items():
         nested = nested_of(model, name)
         if nested is not None:
             nested.write(folder)

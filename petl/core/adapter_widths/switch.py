@@ -15,7 +15,6 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from petl.core.adapter_widths.components import SCALES
 from petl.core.adapter_widths.cuts import (
     at_width_in_config,
     components_of,
@@ -26,6 +25,7 @@ from petl.core.adapter_widths.record import nested_of
 from petl.core.compat import LoraLayer
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import Adapter, AdapterLayer
+from petl.core.spec.components import SCALES
 from petl.errors import InputError, UnsupportedError, choose
 from petl.system.collectives import is_sharded
 

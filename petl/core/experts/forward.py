@@ -14,7 +14,7 @@ from petl.core.compat import BaseTunerLayer
 from petl.core.experts.layout import ExpertsLayout, Routing, experts_of
 from petl.core.layers.class_swap import SwappedClass, original_class, swap_class
 from petl.core.layers.grouped import drawing_from
-from petl.core.serving.mixed_batch import AdapterRows
+from petl.core.layers.mixed_batch import AdapterRows
 from petl.errors import UnsupportedError
 from petl.ops.grouped_experts import ExpertRows, StackedFactors, grouped_linear
 

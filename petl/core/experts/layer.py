@@ -16,7 +16,7 @@ from petl.core.experts.proof import check_experts
 from petl.core.layers.class_swap import outside_adapter_dicts, restore_class, swap_class
 from petl.core.layers.grouped import stacked_factors
 from petl.core.layers.layer import Adapter, AdapterLayer, refuse_conversion
-from petl.core.serving.mixed_batch import AdapterRows
+from petl.core.layers.mixed_batch import AdapterRows
 from petl.errors import InputError
 from petl.ops.expert_linear import ExpertLinear
 from petl.ops.grouped_experts import ExpertRows, StackedFactors

@@ -21,7 +21,7 @@ from petl.core.experts.layout import ExpertsLayout, experts_of
 from petl.core.experts.proof import check_experts
 from petl.core.experts.stacks import has_sides_swapped, stacked_factors, stacks_of
 from petl.core.layers.class_swap import SwappedClass, swap_class
-from petl.core.serving.mixed_batch import AdapterRows
+from petl.core.layers.mixed_batch import AdapterRows
 from petl.errors import InputError, UnsupportedError
 from petl.ops.grouped_experts import StackedFactors
 

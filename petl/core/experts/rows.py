@@ -14,7 +14,7 @@ from petl.core.experts.layout import experts_of
 from petl.core.experts.lora import FusedExperts
 from petl.core.layers.class_swap import outside_adapter_dicts
 from petl.core.layers.layer import AdapterLayer
-from petl.core.serving.mixed_batch import AdapterRows
+from petl.core.layers.mixed_batch import AdapterRows
 from petl.core.types import Arguments
 
 

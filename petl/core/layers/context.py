@@ -28,7 +28,7 @@ from petl.core.layers.task_rows import TaskRows, take_task_ids
 from petl.core.masks import as_2d, tokens_of
 from petl.core.types import Arguments
 from petl.errors import InputError
-from petl.ops import Ctx
+from petl.ops import IGNORED, Ctx
 from petl.system.collectives import num_processes, summed
 
 T = TypeVar("T")
@@ -332,7 +332,7 @@ class ForwardContext:
             return torch.full((), self.aux_weight, device=device)
         # The trainer sums micro-batch losses over their fraction of the items, as transformers
         # counts them, and multiplies by the processes over which it counted; so must this term.
-        fraction = counted_labels(model, labels, kwargs).ne(-100).sum().to(device) / items
+        fraction = counted_labels(model, labels, kwargs).ne(IGNORED).sum().to(device) / items
         return fraction.float() * (self.item_processes or self.processes)
 
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from petl.core.serving.mixed_batch import stacked
+from petl.core.layers.mixed_batch import stacked
 from petl.ops.dropout import dropout as fast_dropout
 from petl.ops.grouped_low_rank import (
     add_grouped_low_rank,
     grouped_low_rank_linear,
     grouped_masks,
 )
-from petl.ops.low_rank import frozen_weight_and_bias, product_dtype
+from petl.ops.low_rank import cast_for_product, frozen_weight_and_bias
 
 
 class Stack:
@@ -144,7 +144,7 @@ class GroupedLowRank(GroupedLayer):
         x = by_adapter(x, K)
         update = self.updates(x)
         A, B, scales, gate = update
-        own = x if y is not None else x.to(product_dtype(x))
+        own = x if y is not None else cast_for_product(x)
         mask, means = grouped_masks(own, self.rates(), self.generators)
         # the scaling of dropout: the mask holds 0 and 1, and its mean is not quite 1 - p on a CPU
         scales = [scale / mean for scale, mean in zip(scales, means, strict=True)]

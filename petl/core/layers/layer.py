@@ -23,7 +23,7 @@ from petl.core.compat import (
 )
 from petl.core.layers.class_swap import AdapterDict, SwappedClass
 from petl.core.layers.context import ForwardContext, InputCapture
-from petl.core.serving.mixed_batch import AdapterRows, BatchedAdapter
+from petl.core.layers.mixed_batch import AdapterRows, BatchedAdapter
 from petl.core.types import Arguments, Fields
 from petl.errors import InputError, ModuleKindError, UnsupportedError
 from petl.ops.low_rank import LowRankRows, add_low_rank, linear_with_low_rank, owns_output

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from petl.core.serving.mixed_batch import Groups, group_size, grouped
+from petl.core.layers.mixed_batch import Groups, group_size, grouped
 from petl.core.types import Arguments
 from petl.errors import InputError
 

@@ -87,10 +87,13 @@ def load_changed(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             first = sorted(map(str, report[kind]))[0]
-            raise InputError(
-                f"{folder} does not fit {cls.__name__} and its {file}: {kind.replace('_', ' ')}, "
-                f"such as {first}"
-            )
+            problem = f"{kind.replace('_', ' ')}, such as {first}"
+            if not (folder / file).is_file():
+                raise InputError(
+                    f"{folder} does not fit {cls.__name__}, and has no {file} that says how it "
+                    f"differs: {problem}; save the model again, or copy the file"
+                )
+            raise InputError(f"{folder} does not fit {cls.__name__} and its {file}: {problem}")
     return model.eval()
 
 

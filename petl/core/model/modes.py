@@ -1,17 +1,20 @@
-"""Temporary states of a model, such as evaluation mode, and passes over calibration data."""
+"""Temporary states of a model, changes that are undone, and passes over calibration data."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.types import Calibration
+from petl.errors import InputError
+
+B = TypeVar("B", bound=Mapping[str, object])
 
 
 @contextmanager
@@ -76,12 +79,75 @@ def checkpoints_reentrantly(model: nn.Module) -> bool:
     return any(getattr(f, "keywords", {}).get("use_reentrant", False) for f in functions)
 
 
+# A change that is undone if it fails half-way
+
+
+class _Before:
+    """The class, attributes, children and hooks of a module, without the modules below it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.cls, self.attributes = module, module.__class__, dict(vars(module))
+        kinds = dict, list, set
+        self.contents = [(v, v.copy()) for v in self.attributes.values() if isinstance(v, kinds)]
+
+    def restore(self) -> None:
+        self.module.__class__ = self.cls
+        vars(self.module).clear()
+        vars(self.module).update(self.attributes)
+        # the same containers, which others may hold
+        for container, content in self.contents:
+            _fill(container, content)
+
+
+def _fill(container: Any, content: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(content)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Generator[None]:
+    """Give a model its modules, hooks and trained parameters back if the block raises.
+
+    Values of weights are not kept, since a copy would need the memory of the model.
+    """
+    modules = [_Before(module) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:  # Ctrl-C, too
+        for module in modules:
+            module.restore()
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
 # A pass over calibration data: a model runs over batches while hooks read what it computes
 
 
 def forward(model: nn.Module, batch: Mapping[str, object]) -> Any:
     """Run a model on a batch, on the model's device, and return its output."""
     return model(**send_to_device(dict(batch), next(model.parameters()).device))
+
+
+def checked_batches(batches: Iterable[B]) -> Iterator[B]:
+    """Yield the batches that a public function is given.
+
+    Raises:
+        InputError: they are a single batch or nothing of batches, or one of them is no mapping.
+    """
+    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
+        raise InputError(
+            f"batches is of type {type(batches).__name__}: give a list of batches, "
+            "batches=[batch], or a DataLoader"
+        )
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise InputError(
+                f"a batch is of type {type(batch).__name__}: make it a dict of the model's inputs, "
+                "such as input_ids and attention_mask"
+            )
+        yield batch
 
 
 @contextmanager

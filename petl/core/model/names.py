@@ -27,6 +27,8 @@ from petl.core.model.places import place
 from petl.core.spec.facts import facts_of
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.ops.expert_linear import ExpertLinears
+from petl.system import towers
+from petl.system.towers import before_blocks
 
 PRESETS = {
     "block-linear": "every linear layer inside the transformer blocks, of experts too; of a model "
@@ -46,12 +48,6 @@ ROUTERS = ("router", "gate")  # names of modules that choose the experts of a to
 SHARED = re.compile(r"(^|\.)shared_(\w*expert\w*|mlp)(\.|$)")
 LANGUAGE, VISION, PROJECTOR = PARTS = ("language", "vision", "projector")
 OTHER = "other"  # such as a tower for sound
-_AUDIO = re.compile(r"(^|\.)\w*(audio|speech)\w*(\.|$)")
-_VISION = re.compile(r"(^|\.)\w*(vision|visual|image|video)\w*(\.|$)")
-_PROJECTOR = re.compile(
-    r"(^|\.)\w*(projector|projection|_proj|merger|connector|align|resampler|adapter|qformer)\w*"
-    r"(\.|$)"
-)
 USUAL_NAMES = ("q_proj", "v_proj", "query", "value")  # where PEFT's table has no entry
 # names of projections in transformers 4, which tutorials have, by the name of their stack; those of
 # a tuple are two halves of it
@@ -217,15 +213,15 @@ def part_in(name: str, language: str) -> str:
     Args:
         language: from `language_path`.
     """
-    before_blocks = re.split(r"\.\d+(?=\.|$)", name)[0]
+    start = before_blocks(name)
     inside = not language or f"{name}.".startswith(f"{language}.")
-    rest = before_blocks[len(language) :] if inside else before_blocks
-    sees, joins = bool(_VISION.search(rest)), bool(_PROJECTOR.search(rest))
+    rest = start[len(language) :] if inside else start
+    sees, joins = bool(towers.VISION.search(rest)), bool(towers.PROJECTOR.search(rest))
     if joins and (sees or not inside):
         return PROJECTOR
     if sees:
         return VISION
-    return LANGUAGE if inside and not _AUDIO.search(rest) else OTHER
+    return LANGUAGE if inside and not towers.AUDIO.search(rest) else OTHER
 
 
 def names_of(part: str, names: Iterable[str], language: str | None) -> list[str]:

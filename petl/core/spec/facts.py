@@ -63,3 +63,17 @@ DEFAULTS: Fields = {field.name: field.default for field in fields(Facts)}
 def facts_of(config: object) -> Facts:
     """Return the facts of a config, or of its class, of petl or PEFT."""
     return Facts(**{name: getattr(config, name, default) for name, default in DEFAULTS.items()})
+
+
+# values of init_lora_weights, or how they begin ("pissa_niter_16")
+MODIFIES_BASE_WEIGHTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def modifies_base_weights(config: object) -> bool:
+    """Return True if the initialization of an adapter of this config changes the base weights.
+
+    Such an adapter gives correct outputs on the original base only if it is saved relative to its
+    initial state: `save_pretrained(..., path_initial_model_for_weight_conversion=START)`.
+    """
+    initialization = facts_of(config).init_lora_weights
+    return isinstance(initialization, str) and initialization.startswith(MODIFIES_BASE_WEIGHTS)

@@ -28,16 +28,16 @@ from petl.core.layers.block import (
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import InputCapture
 from petl.core.layers.layer import HALF, AdapterLayer, LayerInfo
+from petl.core.layers.mixed_batch import AdapterRows, is_generation_call
+from petl.core.layers.norms import original_norms
 from petl.core.layers.task_rows import take_task_ids
 from petl.core.method import WrapContext
 from petl.core.model.targets import resolve_blocks
-from petl.core.serving.mixed_batch import AdapterRows, is_generation_call
 from petl.core.spec.checks import check_adapter_name, check_tensor_names
 from petl.core.spec.config import MethodConfig
 from petl.core.support import Capability, without_lora
-from petl.core.switching.norms import original_norms
-from petl.core.switching.tuner import hosts_of, layers_of
 from petl.core.tuners.asking import AskingTuner
+from petl.core.tuners.switching import hosts_of, layers_of
 from petl.core.types import Arguments, Fields
 from petl.errors import InputError, UnknownNameError, did_you_mean
 from petl.ops.expert_linear import ExpertLinear

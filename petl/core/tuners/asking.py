@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from petl.core.compat import BaseTuner, drop_base_weights, tuner_of
-from petl.core.experts.files import split_experts, stack_experts, without_adapter
+from petl.core.experts.linears import split_experts, stack_experts, without_adapter
 from petl.core.layers.block import BlockAdapters
 from petl.core.layers.class_swap import AdapterDict
 from petl.core.layers.context import ForwardContext
@@ -20,8 +20,8 @@ from petl.core.method import AdapterSet, C, Method, NewAdapters, Tensors, TrainC
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.weight_changes import CHANGES, change_map
 from petl.core.support import Capability, Part, reason_of
-from petl.core.switching.tuner import SwitchingTuner, layers_of
 from petl.core.tuners.gradients import updated, watch_updates
+from petl.core.tuners.switching import SwitchingTuner, layers_of
 from petl.errors import InputError, UnsupportedError
 from petl.system.files.tensor_file import check_finite, check_shapes
 

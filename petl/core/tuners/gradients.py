@@ -2,8 +2,8 @@
 
 A tensor without a gradient is named after the first step. One whose gradient is zero is named after
 the second, since the zeros of B make that of A zero in the first; steps with a learning rate of 0
-do not count. Experts, and towers beside the language model, have ten steps: the first batches may
-have no token, or no image, for them.
+do not count. Experts, rows of tokens, and towers beside the language model, have ten steps: the
+first batches may have no token, or no image, for them.
 """
 
 import logging
@@ -28,7 +28,9 @@ FEW, MANY = 2, 10  # steps until a tensor is named
 SHOWN = 6  # kinds of tensors that a line names
 # types whose blocks are one autograd function of their inputs, the weights not among them
 REVERSIBLE = ("reformer",)
+ROWS = "trainable_tokens"  # in PEFT's name of the trained rows of an embedding
 REMEDY = "leave their modules out with exclude_modules"
+UNREAD = "no batch had these tokens: see whether the training rows have them"
 
 
 class AbsentGradients(NamedTuple):
@@ -121,7 +123,8 @@ def watch_steps(model: nn.Module, after_step: AfterStep | None) -> None:
 def _log_gradients(check: GradientCheck, model: nn.Module, optimizer: Optimizer) -> bool:
     absent = check.after_step(model, optimizer)
     if absent is not None:
-        logger.warning("%s; %s", absent, REMEDY)
+        are_rows = all(ROWS in name for name in absent.names)
+        logger.warning("%s; %s", absent, UNREAD if are_rows else REMEDY)
     return check.is_over
 
 
@@ -190,6 +193,7 @@ def _patient(model: nn.Module, names: Iterable[str]) -> set[str]:
         name
         for name in names
         if "expert" in name
+        or ROWS in name
         or (language is not None and part_in(name.removeprefix(prefix), language) != LANGUAGE)
     }
 

@@ -5,12 +5,15 @@ from importlib.util import find_spec
 from inspect import Parameter, signature
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.video_processing_auto import get_video_processor_config
+from transformers.utils import VIDEO_PROCESSOR_NAME
 
 from petl.errors import InputError, first_line
+from petl.system.files.disk import as_json, write_atomic
 from petl.system.imports.extras import optional
 
 VIDEOS = "video_processor"
@@ -21,6 +24,7 @@ QUESTION = (
     "{% endif %}{% for p in m.content %}{% if p.type == 'image' %}MARK{% else %}{{ p.text }}"
     "{% endif %}{% endfor %}{% endfor %}"
 )
+LEFT_OUT = "_petl_videos"  # attribute with the settings of the part that is left out
 MARKED_BY_ITSELF = ("Florence2Processor",)  # they put the mark of one image before each text
 
 
@@ -39,12 +43,14 @@ def load_image_text_processor(
             is not installed. An encoder-decoder needs no template: `QUESTION` is put in its place.
     """
     optional("PIL.Image", "image")
-    kind = AutoProcessor
+    kind, settings_of_videos = AutoProcessor, cast(Any, get_video_processor_config)
     own: Any = PROCESSOR_MAPPING.get(type(config), None)
     if own is not None and VIDEOS in own.get_attributes() and find_spec("torchvision") is None:
         kind = without_videos(own)
     try:
         found = kind.from_pretrained(where, **options)
+        if kind is not AutoProcessor:
+            setattr(found, LEFT_OUT, settings_of_videos(where, **options))
     except ImportError as error:  # of transformers, with what to install
         raise InputError(
             f"the processor of {where} cannot be loaded: {first_line(error)}"
@@ -79,3 +85,12 @@ def without_videos(kind: type[ProcessorMixin]) -> type[Any]:
         )
     # the name is saved
     return type(kind.__name__, (kind,), own)
+
+
+def save_left_out(processor: object, folder: Path) -> None:
+    """Write the settings of the part for videos that a processor was loaded without.
+
+    Where torchvision is installed, transformers loads no processor without them.
+    """
+    if settings := getattr(processor, LEFT_OUT, None):
+        write_atomic(folder / VIDEO_PROCESSOR_NAME, as_json(settings))

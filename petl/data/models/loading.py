@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import (
@@ -36,6 +37,7 @@ from petl.data.models.sources import (
 )
 from petl.data.tasks.base import P, Task, tokenizer_in
 from petl.errors import InputError, first_line
+from petl.ops.float32_head import keep_in_float32
 from petl.system.files.disk import check_link
 from petl.system.files.paths import WIDTHS
 from petl.system.progress import Pass
@@ -155,6 +157,11 @@ def save_processor(cfg: Settings, task: Task, folder: Path, processor: Any = Non
     for name in OF_THIS_MACHINE:  # a tokenizer saves all that it was loaded with
         getattr(processor, "init_kwargs", {}).pop(name, None)
     processor.save_pretrained(folder)
+    if isinstance(processor, ProcessorMixin):
+        # vision is loaded only for a model that sees
+        from petl.data.models.image_processor import save_left_out
+
+        save_left_out(processor, folder)
 
 
 def load_tokenizer(cfg: Settings) -> PreTrainedTokenizerBase:
@@ -226,14 +233,16 @@ def load_base(
         processor = processor or load_processor(cfg, task)
         tokenizer = tokenizer_in(processor)
         extend_tables(model, tokenizer, pieces_of(plain_of(tokenizer), task.new_tokens))
+    heads = outermost_modules(model, head_keys(model, task))
+    keep_in_float32(model.get_submodule(name) for name in heads if name)
     if source.adapter is not None:
         # not imported by other runs
         from petl.data.models.finished_adapter import checked_config, with_adapter
 
         checked_config(source.adapter)  # shapes do not depend on it
         # also a head that is not new: the base model may have one for these labels
-        heads = {*new_modules(model), *outermost_modules(model, head_keys(model, task))}
-        model = model if meta else with_adapter(model, source.adapter, task, heads)
+        known = {*new_modules(model), *heads}
+        model = model if meta else with_adapter(model, source.adapter, task, known)
     vars(model)["petl_removed_modules"] = removed_by(task, model)
     if task.reads_text:
         check_length(model, task, source.name)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from petl.errors import InputError, UnknownNameError, choose, did_you_mean
+from petl.errors import InputError, UnknownNameError, choose, did_you_mean, first_line
 from petl.system.files.disk import write_json
 from petl.system.files.paths import OnHub, Package, cache_folder, model_folder, origin_of, path_of
 from petl.system.files.read import read_json
@@ -121,11 +121,19 @@ class ModelSource:
         return None if file is None else read_json(Path(file))
 
     def tensors(self, name: str) -> "dict[str, Tensor]":
-        """The tensors of a further safetensors file; {} if there is none."""
+        """The tensors of a further safetensors file; {} if there is none.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = self._file(name)
-        return {} if file is None else load_file(file)
+        try:
+            return {} if file is None else load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file} cannot be read as tensors: {first_line(error)}") from error
 
     def _file(self, name: str) -> str | None:
         from transformers.utils.hub import cached_file

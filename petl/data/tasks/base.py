@@ -35,6 +35,7 @@ from petl.data.tasks.encoding_cache import Columns, encode_once, sizes_of
 from petl.data.tasks.scores import LOSSES
 from petl.data.validation import Row
 from petl.errors import InputError
+from petl.ops import IGNORED
 from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.paths import LABELS
 from petl.system.values import field
@@ -43,8 +44,6 @@ CHUNK = 1024  # tokens whose logits are converted to float32 at a time; assumpti
 logger = logging.getLogger(__name__)
 
 FILE = "task.json"  # in an adapter's folder
-
-IGNORED = -100  # the label that transformers' losses skip
 
 UNTRUNCATED = 2**30  # a max_length in tokens that no row reaches
 
@@ -168,6 +167,8 @@ class Task(Vocabulary, ABC, Generic[P]):
     scores_by_task: ClassVar[bool] = False  # `summarize` also gives the scores of each of `tasks`
     file_kind: ClassVar[str | None] = None  # the task whose columns files of rows have; None: name
 
+    prefix: str = ""  # before each input
+    threshold: float | None = None  # probability from which a class is predicted
     max_length: int  # tokens of a row; texts only
     generate: int | None = (
         None  # maximum new tokens when answers of test rows are generated and scored

@@ -22,6 +22,7 @@ from petl.errors import InputError, first_line
 
 # keys of messages that a template must mention, since it would leave them out without an error
 OPTIONAL_KEYS = ("tool_calls", "reasoning_content")
+EXCERPT = 60  # characters of a conversation in messages
 printed_roles: set[tuple[str, str]] = set()  # a template, and a role whose turns it prints
 GENERATION_BLOCK = re.compile(
     r"\{%[-+]?\s*generation\b"
@@ -303,7 +304,7 @@ def render(
     return rendered.data
 
 
-def excerpt(messages: list[Message], length: int = 60) -> str:
+def excerpt(messages: list[Message]) -> str:
     """The beginning of a conversation, which identifies it in messages."""
     text = " ".join(f"{message['role']}: {message['content']}" for message in messages)
-    return repr(text if len(text) <= length else text[:length] + "...")
+    return repr(text if len(text) <= EXCERPT else text[:EXCERPT] + "...")

@@ -71,9 +71,7 @@ def encode_once(task: Encoder[P], processor: P, split: Dataset) -> Dataset:
     return _encoded(task, processor, split, key)
 
 
-def _through(
-    file: Path, task: Encoder[P], processor: P, split: Dataset, fingerprint: str
-) -> Dataset:
+def _through(file: Path, task: Encoder[P], processor: P, split: Dataset, key: str) -> Dataset:
     """Return the rows in a file of the cache, which is written if it is absent or damaged.
 
     Raises:
@@ -84,14 +82,14 @@ def _through(
     if file.exists() and not is_cached:
         logger.warning("%s is damaged or incomplete: encoding again", file)
         remove(file)
-    encoded = _encoded(task, processor, split, fingerprint, file)
+    encoded = _encoded(task, processor, split, key, file)
     if file.exists() and not is_cached:  # a split without rows has none
         note_digest(file)
     return encoded
 
 
 def _encoded(
-    task: Encoder[P], processor: P, split: Dataset, fingerprint: str, file: Path | None = None
+    task: Encoder[P], processor: P, split: Dataset, key: str, file: Path | None = None
 ) -> Dataset:
     """Return the encoded rows, by way of a file if there is one; they are read if it has them."""
     what = f"encoding {len(split):,} examples"
@@ -112,7 +110,7 @@ def _encoded(
             features=task.features(processor),
             remove_columns=split.column_names,
             # without it `datasets` hashes the function, which holds the tokenizer with its state
-            new_fingerprint=fingerprint,
+            new_fingerprint=key,
             cache_file_name=str(file) if file else None,
             keep_in_memory=file is None,
         )

@@ -33,7 +33,7 @@ from petl.efficiency.drafting.registry import (
 )
 from petl.efficiency.drafting.tree import best_length
 from petl.errors import InputError, UnsupportedError
-from petl.system.values import integer
+from petl.system.values import FREE, integer
 
 MOST = 63  # drafts of most=None
 MOST_NGRAM, MOST_COPIED = 32, 1024  # of `longest` and `most`
@@ -59,6 +59,7 @@ class Aggressive(Drafter):
         most: int | None = None,
         longest: int = 3,
         shortest: int = 1,
+        past_edits: bool = False,
     ) -> None:
         """Take the fields.
 
@@ -69,6 +70,9 @@ class Aggressive(Drafter):
             longest: tokens at the end of the answer by which the place in the input is found, at
                 first; up to 32.
             shortest: tokens by which it is found, at least.
+            past_edits: a token that is not in the input, behind a copied one, is taken to replace
+                a token of it: what follows that token is drafted at once. False: nothing is
+                drafted until the place is found, as in the papers.
 
         Raises:
             InputError: a value is out of range, or there is no model.
@@ -79,6 +83,7 @@ class Aggressive(Drafter):
             integer(1, MOST_COPIED).check("most", most, int)
         integer(1, MOST_NGRAM).check("longest", longest, int)
         integer(1, longest).check("shortest", shortest, int)
+        FREE.check("past_edits", past_edits, bool)
         self.vocabulary = vocabulary_of(model)
         assert model is not None
         base = base_of(model)
@@ -88,6 +93,7 @@ class Aggressive(Drafter):
                 "decoder: use lookup, which copies its prompt"
             )
         self.most, self.longest, self.shortest = most, longest, shortest
+        self.past_edits = past_edits
         self.specials, self.ends = _special_tokens(base)
         self.frequencies = Frequencies(PRIOR)
         self._begin([], 0)
@@ -144,6 +150,7 @@ class Aggressive(Drafter):
 
     def _follow(self, ids: Sequence[int]) -> None:
         """Move behind the tokens of the answer that are copied, or find the place anew."""
+        ended = -1  # the token with which copying ended
         for i in range(self.read, len(ids)):
             # start and forced tokens before the answer are not copied
             if i == self.first and ids[i] in self.specials:
@@ -152,13 +159,16 @@ class Aggressive(Drafter):
                 self.place += 1
                 self.run += 1
             else:
-                self.is_copying = False
+                self.is_copying, ended = False, i if self.is_copying else ended
         self.read = len(ids)
-        if not self.is_copying:
-            self._synchronise(ids[max(self.first, len(ids) - self.longest) :])
+        if self.is_copying or self._synchronise(ids[max(self.first, len(ids) - self.longest) :]):
+            return
+        if self.past_edits and self.run and ended == len(ids) - 1:
+            self.place += 1
+            self.is_copying, self.run = True, 0
 
-    def _synchronise(self, last_tokens: Sequence[int]) -> None:
-        """Take the place of the longest end of the answer that occurs in the input."""
+    def _synchronise(self, last_tokens: Sequence[int]) -> bool:
+        """Take the place of the longest end of the answer that occurs in the input, if one does."""
         for n in range(len(last_tokens), self.shortest - 1, -1):
             last = (*last_tokens[len(last_tokens) - n :],)
             if n == 1 and self.counts[last[0]] > OFTEN:
@@ -169,7 +179,8 @@ class Aggressive(Drafter):
                 behind = bisect_right(places, self.place)
                 self.place = places[min(behind, len(places) - 1)]
                 self.is_copying, self.run = True, 0
-                return
+                return True
+        return False
 
     def _row(self, depth: int) -> int:
         return min(self.run + depth, len(PRIOR) - 1)
@@ -190,7 +201,8 @@ class Aggressive(Drafter):
 
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the fields and the frequencies."""
-        fields = {"most": self.most, "longest": self.longest, "shortest": self.shortest}
+        names = ("most", "longest", "shortest", "past_edits")
+        fields = {name: getattr(self, name) for name in names}
         table = self.frequencies.table()
         files.write(folder, self.name, fields, vocabulary=self.vocabulary, frequencies=table)
 

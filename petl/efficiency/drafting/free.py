@@ -70,6 +70,7 @@ class Free(Drafter):
                 f"{next(iter(unused))} is no field of free for {type(model).__name__}, whose text "
                 f"{copies} copies: leave it out"
             )
+        aggressive.setdefault("past_edits", True)
         copier = Aggressive(model, **aggressive) if is_pair else Lookup(model, **lookup)
         self.copier: Aggressive | Lookup = copier
         self.recycling = Recycling(model, **recycling)

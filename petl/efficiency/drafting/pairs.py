@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from petl.core.parameters import max_positions
 from petl.errors import InputError, shown
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 GivenIds = Tensor | Sequence[int]  # of one row
 ModelInputs = dict[str, Any]  # further inputs of the model by name, and its cache
 # types of models; tests run `verify` on each of them and compare its answers
@@ -76,7 +77,8 @@ def encoder_ids(
 ) -> list[int] | None:
     """Return the tokens that an encoder has read, without padding; None if it has read no tokens.
 
-    They are none, with one warning, if the encoder's vocabulary is not the decoder's.
+    They are none, with one warning, if one is outside the decoder's vocabulary, or the encoder has
+    another one.
 
     Args:
         model: an encoder-decoder.
@@ -87,17 +89,19 @@ def encoder_ids(
     Raises:
         InputError: those that are given are no integers of one row.
     """
-    tensor = inputs if given is None else _one_row(given)
-    # embeddings and sound are no ids; -100 stands for those that `encoder_outputs` do not have
+    size = vocabulary_size(model)
+    tensor = inputs if given is None else _one_row(given, size)
+    # embeddings and sound are no ids
     if tensor is None or tensor.is_floating_point() or tensor.dim() != 2:
         return None
-    if tensor.numel() and (tensor < 0).all():
+    # -100 stands for those that `encoder_outputs` do not have
+    if given is None and tensor.numel() and (tensor < 0).all():
         return None
     is_text = torch.ones_like(tensor) if mask is None or mask.shape != tensor.shape else mask
-    ids, size = tensor[is_text.bool().to(tensor.device)].tolist(), vocabulary_size(model)
+    ids = tensor[is_text.bool().to(tensor.device)].tolist()
     # Marian says so; its ids of both kinds may be below the size of either
     has_two = _fact(model.config, "share_encoder_decoder_embeddings") is False
-    if not has_two and max(ids, default=0) < size:
+    if not has_two and all(0 <= token < size for token in ids):
         return ids
     if model not in _told:
         warnings.warn(
@@ -109,15 +113,21 @@ def encoder_ids(
     return []
 
 
-def _one_row(given: GivenIds) -> Tensor:
-    """Return the integers of one row, [1, S]; raise InputError for anything else."""
+def _one_row(given: GivenIds, size: int) -> Tensor:
+    """Return the integers of one row, [1, S]; raise InputError for anything else.
+
+    Args:
+        size: of the vocabulary; those of a list that are outside may become others outside.
+    """
     if isinstance(given, Tensor):
-        if given.dim() == 2 and len(given) == 1 and not given.is_floating_point():
+        if given.dim() == 2 and len(given) == 1 and given.dtype in INTEGERS:
             return given
         found = f"{given.dtype} {list(given.shape)}"
     else:
         if isinstance(given, list | tuple) and all(type(token) is int for token in given):
-            return torch.tensor([given], dtype=torch.long)
+            # a tensor holds no larger ones
+            near = [min(max(token, -1), size) for token in given]
+            return torch.tensor([near], dtype=torch.long)
         found = shown(given)
     raise InputError(
         f"encoder_input_ids are {found}: give the integers of the row that is decoded, [1, S] or "

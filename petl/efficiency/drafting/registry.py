@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from petl.core.parameters import check_module
 from petl.core.types import CausalModel, Fields, Settings, base_of
 from petl.efficiency.drafting.costs import Costs
 from petl.efficiency.drafting.pairs import vocabulary_size
@@ -343,6 +344,8 @@ def of_fields(name: str, model: nn.Module | None, fields: Settings) -> Drafter:
             raise UnknownNameError(
                 f"drafter {name!r} has no field {field!r}" + did_you_mean(field, known)
             )
+    if model is not None:
+        check_module(model, "petl.drafting.drafter")
     build: Callable[..., Drafter] = DRAFTERS[name]
     return build(model, **fields)
 

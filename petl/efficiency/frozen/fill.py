@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from accelerate.utils import send_to_device
@@ -31,6 +30,7 @@ from petl.efficiency.frozen.prefix import (
 from petl.efficiency.frozen.store import OutputSpec, name_of
 from petl.errors import InputError, UnsupportedError
 from petl.system.progress import Pass
+from petl.system.random_states import states_kept
 
 POSITIONS = 2048  # of a batch: enough for large products, little memory
 CHUNK = 64  # rows that are collated at a time to read their keys
@@ -150,14 +150,9 @@ class Prober:
                 )
 
     def _is_random(self, batch: Batch, output: Output) -> bool:
-        devices = [self.device] if self.device.type == "cuda" else []
-        state = np.random.get_state()  # some models draw their masks with numpy
-        try:
-            with torch.random.fork_rng(devices=devices):
-                self.model.train()
-                again = self.output(batch)[1]
-        finally:
-            np.random.set_state(state)
+        with states_kept(self.device):
+            self.model.train()
+            again = self.output(batch)[1]
         # bits can be compared: batch and kernels are the same (assumption: these are deterministic)
         return not torch.equal(_first(again), _first(output))
 

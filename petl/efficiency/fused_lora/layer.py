@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from petl.core.compat import LoraLinear
-from petl.core.serving.mixed_batch import AdapterRows
+from petl.core.layers.mixed_batch import AdapterRows
 from petl.ops.low_rank import LINEAR, LowRankRows, has_no_hooks, linear_with_low_rank, owns_output
 
 

@@ -13,10 +13,10 @@ from petl.core.layers.class_swap import (
     convert_module_dicts,
     outside_adapter_dicts,
 )
+from petl.core.layers.mixed_batch import is_generation_call
 from petl.core.parameters import check_module
-from petl.core.serving.mixed_batch import is_generation_call
 from petl.core.support import Capability
-from petl.core.switching.tuner import (
+from petl.core.tuners.switching import (
     SwitchingModel,
     SwitchingTuner,
     enable_switching,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from petl.core.layers.class_swap import SwappedClass, forward_code, original_class, swap_class
+from petl.core.masks import CACHES
 from petl.core.types import Arguments
 from petl.ops.low_rank import has_no_hooks, hooks_of
 
@@ -256,7 +257,7 @@ def _has_known_arguments(args: tuple[object, ...], kwargs: Arguments) -> bool:
     mask = args[0] if args else kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
         return False
-    names = ("cache", "past_key_values", "past_key_value", "encoder_hidden_states")
+    names = (*CACHES, "encoder_hidden_states")
     return all(value is None for value in args[1:]) and all(kwargs.get(n) is None for n in names)
 
 

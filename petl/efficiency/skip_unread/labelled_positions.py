@@ -29,7 +29,6 @@ from petl.core.layers.class_swap import (
     swap_class,
     with_signature,
 )
-from petl.core.masks import IGNORED
 from petl.core.types import Arguments, CausalModel
 from petl.efficiency.segment_loss import (
     decoder_of,
@@ -45,6 +44,7 @@ from petl.efficiency.skip_unread.block_positions import (
     read_at,
     refusal_of_block,
 )
+from petl.ops import IGNORED
 from petl.ops.segmented_loss import shifted
 
 # above this share of the positions, gathering them costs what they save (assumption)

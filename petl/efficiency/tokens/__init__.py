@@ -16,7 +16,7 @@ Source: Wang et al., "LeMo: Enabling LEss Token Involvement for MOre Context Fin
     channels.py       MLPs that keep a part of their channels for backward
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -48,7 +48,7 @@ from petl.efficiency.tokens.layers import (
 )
 from petl.efficiency.tokens.predictors import Predictors, train_predictors
 from petl.efficiency.tokens.scores import Choice, column_sums, norm_scores
-from petl.efficiency.tokens.settings import TokenSettings
+from petl.efficiency.tokens.settings import TokenSettings, layers_setting
 from petl.errors import InputError, UnsupportedError
 from petl.system.values import check_rules
 
@@ -94,7 +94,7 @@ def drop_tokens(  # noqa: PLR0913 (its settings are its interface)
     check_module(model, "petl.drop_tokens")
     settings = TokenSettings(
         block=block,
-        layers=layers if isinstance(layers, str) or not isinstance(layers, Iterable) else [*layers],
+        layers=layers_setting(layers),
         keep=keep,
         scorer=scorer,
         predictor=None if predictor is None else str(predictor),

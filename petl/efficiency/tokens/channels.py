@@ -1,7 +1,7 @@
 """A gated MLP that keeps a part of its channels for backward.
 
 The forward pass is exact. Of gate and up only the channels with the largest norms are kept, and
-backward takes the others for 0, which biases the gradients.
+backward takes the others for 0, as inputs of the last layer too, which biases the gradients.
 
 Shapes: P tokens of all rows, F channels, K channels that are kept.
 """
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from petl.core.layers.class_swap import SwappedClass
+from petl.efficiency.recompute import Recomputable, saved_as_recipe
 from petl.ops import Ctx
 
 
-class _KeptChannels(torch.autograd.Function):
+class _KeptChannels(Recomputable):
     """`act(z) * up` of [..., F], with the gradient of K channels."""
 
     @staticmethod
@@ -35,19 +36,32 @@ class _KeptChannels(torch.autograd.Function):
         return a * up
 
     @staticmethod
+    def output(node: Ctx) -> Tensor:
+        channels, z, up = Recomputable.saved(node)
+        whole = z.new_zeros(*z.shape[:-1], node.channels)
+        return whole.index_copy_(-1, channels, node.act(z) * up)
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        channels, z, up = ctx.saved_tensors
-        with torch.enable_grad():  # a graph of its own for the gradient of the activation
-            leaf = z.detach().requires_grad_()
-            a = ctx.act(leaf)
-        kept = grad[..., channels]
-        to_up = kept * a.detach()
-        (to_z,) = torch.autograd.grad(a, leaf, kept.mul_(up))
+        (channels, z, up), ctx.unpacked = Recomputable.saved(ctx), None
+        parts = _gradients(ctx.act, z, up, grad[..., channels])
         whole = (*grad.shape[:-1], ctx.channels)
-        # in place: the activations of all layers before are still held here
-        spread = (grad.new_zeros(whole).index_copy_(-1, channels, part) for part in (to_z, to_up))
+        # one after the other and in place: the activations of all layers before are still held
+        spread = (grad.new_zeros(whole).index_copy_(-1, channels, parts.pop()) for _ in range(2))
         return None, None, *spread
+
+
+def _gradients(
+    act: Callable[[Tensor], Tensor], z: Tensor, up: Tensor, grad: Tensor
+) -> list[Tensor]:
+    """Return the gradients of `up` and `z` from that of their product, which is written over."""
+    with torch.enable_grad():  # a graph of its own for the gradient of the activation
+        leaf = z.detach().requires_grad_()
+        a = act(leaf)
+    to_up = grad * a.detach()
+    (to_z,) = torch.autograd.grad(a, leaf, grad.mul_(up))
+    return [to_up, to_z]
 
 
 class KeptMlp(SwappedClass):
@@ -63,4 +77,6 @@ class KeptMlp(SwappedClass):
         if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(_KeptChannels.apply(self.act_fn, self.mlp_keep, gate, up))
+        product = _KeptChannels.apply(self.act_fn, self.mlp_keep, gate, up)
+        with saved_as_recipe(product):
+            return self.down_proj(product)

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensor
 from transformers import AttentionInterface
 
 from petl.core.layers.class_swap import SwappedClass, original_class
+from petl.core.masks import CACHES
 from petl.core.support import Capability
 from petl.core.types import Arguments
 from petl.efficiency.tokens.scores import Choice, pooled_map
@@ -31,7 +32,6 @@ LACKS: Mapping[str, str] = {
     Capability.TOGETHER: "tokens=lemo leaves out tokens by the states of one run",
 }
 ASKING = "petl_queries_and_keys"  # an implementation of attention that computes none
-CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 Scorer = Callable[["TokenBlock", Tensor, Tensor, Arguments], Tensor]
 
 
@@ -138,8 +138,11 @@ def at_positions(given: Arguments, positions: Tensor) -> Arguments:
 
 def taken(x: Tensor, positions: Tensor) -> Tensor:
     """Return [B, P, H], the values of x [B or 1, T, H] at the positions."""
-    rows = x.expand(len(positions), -1, -1)
-    return rows.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+    rows, tokens = x.shape[:2]
+    first = tokens * torch.arange(rows, device=x.device)  # in x, of each row
+    # gather would keep all of x for backward
+    index = (positions + first[:, None]).flatten()
+    return x.reshape(rows * tokens, -1).index_select(0, index).view(*positions.shape, -1)
 
 
 def mask_at(mask: Tensor, positions: Tensor) -> Tensor:

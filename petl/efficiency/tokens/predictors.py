@@ -8,9 +8,9 @@ Shapes: B rows, T tokens, b tokens of a block, N blocks of a row, H width of the
 heads, D = H / h.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -19,15 +19,17 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from petl.core.model.modes import calibration_pass, forward
+from petl.core.model.modes import calibration_pass, checked_batches, forward
 from petl.core.parameters import check_module
 from petl.core.types import Arguments, base_of
 from petl.efficiency.tokens.elimination import oracle_map, valid_tokens
 from petl.efficiency.tokens.layers import SECOND_HALF, places_of, width_of_states
 from petl.efficiency.tokens.scores import Choice, column_sums, in_blocks
+from petl.efficiency.tokens.settings import TokenSettings, layers_setting
 from petl.errors import InputError
 from petl.system.files.disk import write_atomic
 from petl.system.files.tensor_file import check_finite, read_file
+from petl.system.values import check_rules, real
 
 WIDTH = 512  # of the first hidden layer, as in the paper
 IDLE = 0.8  # a unit that is not above 0 in a larger share of cases is left out
@@ -163,9 +165,12 @@ class Predictors(nn.Module):
         """Read those of these layers, for hidden states of H = `hidden` numbers.
 
         Raises:
-            InputError: the file is damaged, lacks a layer, or is of another block size or model.
+            InputError: the file is damaged, lacks a layer, is of another block size or model, or
+            has integers.
         """
-        shape, tensors = read_file(file)
+        shape, found = read_file(file)
+        # float8 has no `isfinite`
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
         check_finite(tensors, str(file))
         for name, asked in (("block", block), ("heads", heads)):
             if shape.get(name) != str(asked):
@@ -192,10 +197,14 @@ def network_of(file: Path, weights: Mapping[str, Tensor], inner: int, out: int) 
     """Return the network of these weights [O, I] by name, from `inner` to `out` numbers.
 
     Raises:
-        InputError: one does not take what the one before it gives.
+        InputError: one has no real numbers, or does not take what the one before it gives.
     """
     *_, last = weights
     for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise InputError(
+                f"{file}: {name} has numbers of type {weight.dtype}, not of a floating type"
+            )
         if weight.dim() != 2 or weight.shape[1] != inner or (name == last and len(weight) != out):
             shape = f"[{out if name == last else '...'}, {inner}]"
             raise InputError(f"{file}: {name} has shape {list(weight.shape)}, not {shape}")
@@ -244,19 +253,25 @@ def train_predictors(
 
     Args:
         model: a causal LM with rotary positions.
-        batches: of `input_ids` and `attention_mask`, as many as there shall be steps.
+        batches: of `input_ids` and `attention_mask`, as many as there shall be steps; those with
+            fewer tokens than a block are left out.
         block: tokens of a block.
         layers: `second_half`, `all`, or numbers from 0.
-        keep: share of the blocks by which recall is measured.
-        lr: of Adam.
+        keep: share of the blocks by which recall is measured, above 0.
+        lr: of Adam, above 0.
 
     Raises:
         UnsupportedError: the model is none, or its queries and keys are not known.
-        InputError: there are no batches.
+        InputError: a value is not allowed, or no batch has as many tokens as a block.
     """
     check_module(model, "petl.train_predictors")
+    check_rules(TokenSettings(block=block, layers=layers_setting(layers), keep=keep))
+    real(0, above=True).check("lr", lr, float)
     base = base_of(model)
     places = places_of(base, layers)
+    rows = long_enough(batches, block)
+    # there is one, before networks are made: those of a block that is too long fill the memory
+    first = next(rows)
     heads, hidden = base.config.get_text_config().num_attention_heads, width_of_states(base)
     predictors = Predictors.new(places, block, heads, hidden).to(base.device)
     choice = Choice(block, keep, 0, 0)
@@ -274,7 +289,7 @@ def train_predictors(
     ]
     inputs, scored = 0, []
     with calibration_pass(model, hooks):
-        for step, batch in enumerate(batches, start=1):
+        for step, batch in enumerate(chain([first], rows), start=1):
             forward(model, batch)
             errors = []
             for layer, (states, valid, target) in found.items():
@@ -292,11 +307,34 @@ def train_predictors(
                     predictor.prune(inputs)
                 # moments of units that are gone would not fit
                 inputs, optimizer = 0, torch.optim.Adam(predictors.parameters(), lr)
-    if not scored:
-        raise InputError("there are no batches to train predictors on: give rows")
     last = scored[-max(len(places), len(scored) // 10) :]
     recalls, losses = zip(*last, strict=True)
     return Trained(predictors.eval(), sum(recalls) / len(last), sum(losses) / len(last))
+
+
+def long_enough(batches: Iterable[Arguments], block: int) -> Iterator[Arguments]:
+    """Yield the batches that have a block of tokens; in shorter ones there is nothing to choose.
+
+    Raises:
+        InputError: there are none.
+    """
+    longest = 0
+    for batch in checked_batches(batches):
+        ids = batch.get("input_ids", batch.get("inputs_embeds"))
+        if not isinstance(ids, Tensor) or ids.dim() < 2:
+            raise InputError(
+                f"a batch has {', '.join(map(str, batch))}: give input_ids, a tensor [rows, tokens]"
+            )
+        longest = max(longest, ids.shape[1])
+        if ids.shape[1] >= block:
+            yield batch
+    if not longest:
+        raise InputError("there are no batches to train predictors on: give rows")
+    if longest < block:
+        raise InputError(
+            f"block={block} is longer than all rows, of at most {longest} tokens: choose a "
+            "smaller block, or give longer rows"
+        )
 
 
 def agreement(choice: Choice, predicted: Tensor, target: Tensor, valid: Tensor) -> float:

@@ -1,5 +1,6 @@
 """The settings of leaving tokens out, without torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from petl.system.values import Rule, bounded, field, integer, one_of
@@ -26,3 +27,8 @@ class TokenSettings:
     mlp_keep: float = field(1.0, bounded(gt=0, le=1), "share of MLP channels kept for backward")
     always_first: int = field(1, integer(0), "blocks at the start of a row that are always kept")
     always_last: int = field(1, integer(0), "blocks at the end of a row that are always kept")
+
+
+def layers_setting(layers: str | Iterable[int]) -> str | list[int]:
+    """Return the argument `layers` of a function as a setting has it: a collection is a list."""
+    return layers if isinstance(layers, str) or not isinstance(layers, Iterable) else [*layers]

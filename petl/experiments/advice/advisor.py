@@ -45,9 +45,9 @@ from petl.experiments.advice.rounds import (
     setting_of,
 )
 from petl.experiments.advice.schedule import FEWEST_STEPS, Budget, Seconds, first_steps
-from petl.experiments.reports.advised import named
+from petl.experiments.reports.advised import PAGE, named
 from petl.experiments.reports.entries import quality_of, validation_of
-from petl.experiments.reports.formatting import duration
+from petl.experiments.reports.formatting import count_text, duration
 from petl.experiments.sweeps.study import AT_THE_END, slug
 from petl.system.files.disk import as_json, remove, write_atomic
 from petl.system.files.read import read_json
@@ -66,12 +66,13 @@ from petl.training.distributed.launch import start as start_device
 from petl.training.features import features_of, orders_of
 from petl.training.loop import Stepwise
 from petl.training.runs.records import ADAPTER, is_finished, read_results
-from petl.training.runs.resume import differences, identity
+from petl.training.runs.resume import differences, identity, summary
 from petl.training.runs.run_config import read_config
 from petl.training.together.runs import RunJob, train_runs
 from petl.training.wrapping import Bases
 
 SCHEDULE, ADVICE, RECIPE = "schedule.json", "advice.json", "advised"
+TRIALS, CONFIGS = "trials", "configs"  # folders
 FEWEST_ROWS = 60  # of which a part for validation says something
 SHARE, ENOUGH = 0.2, 1000  # of the training rows for validation, and rows that are enough
 AT_A_TIME = 8  # trials of a pass
@@ -174,20 +175,20 @@ class Advisor:
         processor = load_processor(run.model, data.task)
         orders = orders_of(features_of(run.resolved))
         splits = encode_splits(data, processor, run.train, self.device, orders)
+        # first, so that no other refusal leaves the advice of another command without a word
+        self.planned = self._read(identity(run.resolved), rows_of(splits))
+        # of a command that is resumed, what was spent before counts too
+        self.before, self.has_trained = self.planned["spent"], False
         if self.request.bytes is not None:
             constraints.append(within(self.request.bytes, self.request.overrides, splits))
         self.list = shortlist(constraints)
-        self.planned = self._read(identity(run.resolved), rows_of(splits))
         if not is_enough:
             self.note()
             return self._written(self._prior(len(data.train)))
         self.sizes = sizes_of(splits, run.train.batch_size, share, splits.sampler(run.train).steps)
-        # of a command that is resumed, what was spent before counts too
-        self.before = self.planned["spent"]
         try:
             self._try_all()
         finally:
-            self.planned["spent"] = self.spent()
             self.note()
         return self._written(self._found())
 
@@ -210,19 +211,28 @@ class Advisor:
         is_lost_known = "lost" in found["request"] and "lost" in request
         limit = {"lost": request["lost"]} if is_lost_known else {}
         others = differences({**found["request"], **limit}, request)
-        if others and found["rungs"]:
+        if others and (found["rungs"] or (self.request.folder / ADVICE).exists()):
             raise InputError(
-                f"{self.request.folder} has the advice of another command ({', '.join(others[:3])})"
-                ": use the same options, settings and rows, or another --out"
+                f"{self.request.folder} has the advice of another command ({summary(others)}): use "
+                "the same options, settings and rows, or another --out"
             )
-        if others:  # which ended before it had tried anything
+        if others:  # which ended after its first trial at the latest
+            remove(self.request.folder / TRIALS)
             return new
         if found["request"] != request:
+            self._forget()
             found.update(request=request, last=None)
         return found
 
+    def _forget(self) -> None:
+        """Remove the advice that was for another limit, whatever becomes of this command."""
+        for name in (ADVICE, PAGE, CONFIGS):
+            remove(self.request.folder / name)
+
     def note(self) -> None:
-        """Write schedule.json."""
+        """Write schedule.json, with what was spent; a command that trains nothing adds nothing."""
+        if self.has_trained:
+            self.planned["spent"] = self.spent()
         write_atomic(self.request.folder / SCHEDULE, as_json(self.planned))
 
     @property
@@ -246,8 +256,8 @@ class Advisor:
         if steps < min(FEWEST_STEPS, self.sizes.steps):
             needed = fixed + step * min(FEWEST_STEPS, self.sizes.steps)
             raise InputError(
-                f"--seconds {limit:g} leaves {max(0, steps)} steps of {SIMPLEST}, of which "
-                f"{FEWEST_STEPS} need {needed:.0f} processor seconds here: give more"
+                f"--seconds {limit:g} leaves {count_text(max(0, steps), 'step')} of {SIMPLEST}, "
+                f"of which {FEWEST_STEPS} need {needed:.0f} processor seconds here: give more"
             )
         return min(steps, self.sizes.steps)
 
@@ -285,7 +295,7 @@ class Advisor:
         name = slug(f"{method}-r{rank}-lr{rate:g}")
         if last:
             return self.request.folder / "last" / f"{name}-seed-{run['seed']}"
-        return self.request.folder / "trials" / f"{name}-steps-{run['steps']}-seed-{run['seed']}"
+        return self.request.folder / TRIALS / f"{name}-steps-{run['steps']}-seed-{run['seed']}"
 
     def words(self, run: PlannedRun, folder: Path) -> list[str]:
         """Return the settings of `petl train` of a run."""
@@ -310,6 +320,7 @@ class Advisor:
             log = folder.with_name(f"{folder.name}.log")
             begin = self.start if last else self.trial
             jobs.append(RunJob(words, partial(compose, words), log, begin))
+        self.has_trained |= bool(jobs)
         signalled = train_runs(jobs, AT_A_TIME)
         if signalled:
             status = app.SIGNALLED + signalled
@@ -320,9 +331,8 @@ class Advisor:
             kind = "the run of full length" if last else "a trial"
             logger.warning("%s failed, and is left out: see %s", kind, job.log)
         if len(failed) == len(runs) and not self.results:
-            raise RunStopped(
-                f"all {len(runs)} runs failed, see {failed[0].log}: {failed[0].error}", status=1
-            )
+            every = "the only run" if len(runs) == 1 else f"all {len(runs)} runs"
+            raise RunStopped(f"{every} failed, see {failed[0].log}: {failed[0].error}")
         del jobs, failed
         gc.collect()  # models, which refer to themselves
         return self.clock() - begun
@@ -341,7 +351,9 @@ class Advisor:
     def _measure(self, first: PlannedRun) -> None:
         """Make the first trial, which measures what a step costs."""
         self._say(
-            f"a first trial of {first['steps']} steps, which measures what a step costs", None
+            f"a first trial of {count_text(first['steps'], 'step')}, which measures what a step "
+            "costs",
+            None,
         )
         remove(self.folder_of(first))  # of one that was stopped, the seconds are not known
         taken = self._make([first])
@@ -366,12 +378,13 @@ class Advisor:
         if number is None:
             names = ", ".join(named(setting_of(run)._asdict()) for run in runs)
             left = self.seconds.of(len(runs), self.full)
-            self._say(f"the last round, {self.full:,} steps: {names}", left)
+            self._say(f"the last round, {count_text(self.full, 'step')}: {names}", left)
             self._make(runs, last=True)
             return
         steps, budget = runs[0]["steps"], self.budget
+        length = count_text(steps, "step")
         self._say(
-            f"trials, round {number + 1} of {budget.rungs}: {len(runs)} of {steps:,} steps",
+            f"trials, round {number + 1} of {budget.rungs}: {len(runs)} of {length}",
             budget.cost * budget.unit - self.spent(),
         )
         due = [run for run in runs if not is_finished(self.folder_of(run))]
@@ -414,7 +427,7 @@ class Advisor:
         results = self.results
         if not results:
             raise RunStopped(
-                f"no trial in {self.request.folder / 'trials'} has a finite validation score: "
+                f"no trial in {self.request.folder / TRIALS} has a finite validation score: "
                 "look for values that are not finite in the rows, and in the losses of the logs",
                 status=1,
             )
@@ -428,7 +441,7 @@ class Advisor:
             excluded |= {setting for setting, value in lost.items() if value > self.request.lost}
             if lost.keys() <= excluded:
                 raise InputError(
-                    f"--lost {self.request.lost:g}: all {len(lost)} settings that were tried lost "
+                    f"--lost {self.request.lost:g}: every setting that was tried lost "
                     f"more, {min(lost.values()):.3f} at least; give more, or set retain.mix"
                 )
         shown, metric, sizes = validation_of(scores), scores["metric"], self.sizes
@@ -483,7 +496,11 @@ class Advisor:
             ],
             "rows": asdict(self.sizes),
             "cost": self.request.cost,
-            "seconds": {"spent": self.planned["spent"], "plain_run": self.unit},
+            "seconds": {
+                "spent": self.planned["spent"],
+                "plain_run": self.unit,
+                "fixed": self.seconds.begin + self.seconds.run,
+            },
         }
 
     def _constraints(self, evidence: Evidence) -> Record:
@@ -501,7 +518,7 @@ class Advisor:
             lost = [(run, lost_of(scores)) for run, scores in self.results.values()]
             own = [(r["steps"], value) for r, value in lost if setting_of(r) == evidence.best]
             steps, value = max(own)
-            notes = [f"measured {value:.3f} at {steps:,} of {full:,} steps"]
+            notes = [f"measured {value:.3f} at {steps:,} of {count_text(full, 'step')}"]
             notes += [
                 f"{named(setting_of(run)._asdict())} lost {value:.3f} at full length"
                 for run, value in lost
@@ -510,7 +527,7 @@ class Advisor:
             more = {setting_of(run) for run, value in lost if value > limit}
             found[f"--lost {limit:g}"] = entry(len(more), more, "; ".join(notes))
         if self.request.seconds is not None:
-            text = f"{full:,} of {self.sizes.steps:,} steps"
+            text = f"{full:,} of {count_text(self.sizes.steps, 'step')}"
             found[f"--seconds {self.request.seconds:g}"] = entry(0, [], text)
         return found
 
@@ -544,7 +561,7 @@ class Advisor:
         changed = [f"train.{name}={value}" for name, value in chosen.items() if length < 1]
         names = tuple(f"train.{name}=" for name in chosen) if changed else ()
         kept = [word for word in self.request.overrides if not (names and word.startswith(names))]
-        file = self.request.folder / "configs" / "method" / f"{RECIPE}.yaml"
+        file = self.request.folder / CONFIGS / "method" / f"{RECIPE}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "defaults": [f"{setting.method}@method", "_self_"],
@@ -568,6 +585,7 @@ class Advisor:
         }
 
     def _written(self, advice: Record) -> Record:
+        advice["request"] = self.planned["request"]
         write_atomic(self.request.folder / ADVICE, as_json(advice))
         return advice
 

@@ -1,6 +1,9 @@
 """Which settings are tried, in the order of their worth, and what constraints exclude."""
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
@@ -127,19 +130,37 @@ def within(limit: int, base: Sequence[str], splits: Splits) -> Constraint:
         base: settings of `petl train` that all runs have.
     """
     names: dict[int, str] = {}  # by size
+    errors: list[InputError | UnsupportedError] = []
 
     def why(method: str, rank: int) -> str:
+        words = [*words_of(at(method, rank)), *base]
         try:
-            size = file_bytes([*words_of(at(method, rank)), *base], splits)
+            with unlogged() if names or errors else nullcontext():
+                size = file_bytes(words, splits)
         except (InputError, UnsupportedError) as error:  # not for this model
+            errors.append(error)
             return str(error)
         names[size] = f"{method} of rank {rank}"
         return f"{size:,} bytes" if size > limit else ""
 
     def smallest() -> str:
+        if not names:  # no limit would help
+            raise errors[0]
         return f"the smallest file is that of {names[min(names)]}, {min(names):,} bytes"
 
-    return Constraint(f"--bytes {limit:,}", why, lambda: smallest() if names else "")
+    return Constraint(f"--bytes {limit:,}", why, smallest)
+
+
+@contextmanager
+def unlogged() -> Generator[None]:
+    """Inside the block, log errors alone: what is said of one candidate holds for the others."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def file_bytes(words: Sequence[str], splits: Splits) -> int:

@@ -202,9 +202,12 @@ class Evidence:
 
     def ranked(self, method: str | None = None) -> list[Setting]:
         """The settings at the deciding length, the best first; of one method, or of all."""
-        loss = {trial.setting: trial.loss for trial in self.deciding}
         found = [s for s in self.means if method is None or s.method == method]
-        return sorted(found, key=lambda s: (self.means[s], loss[s]), reverse=True)
+        return sorted(found, key=lambda s: (self.means[s], self._loss(s)), reverse=True)
+
+    def _loss(self, setting: Setting) -> float:
+        """The mean negated loss of a setting at that length."""
+        return statistics.fmean(t.loss for t in self.deciding if t.setting == setting)
 
     def difference(self, one: Setting, other: Setting) -> Interval:
         """Return by how much one setting is better than another, on the same rows."""

@@ -100,6 +100,11 @@ class Budget:
         """How many rungs of trials there are."""
         return 2 if self.cost < RUNGS_FROM else 3
 
+    @property
+    def has_longer(self) -> bool:
+        """True if trials of the first length can be followed by longer ones."""
+        return round(LAST_SHARE * self.full) >= LONGER * first_steps(self.full)
+
     def left(self, spent: float, seconds: Seconds) -> float:
         """Return the seconds for trials, once the last round has its part."""
         last = last_round(self.cost)
@@ -108,7 +113,7 @@ class Budget:
     def first(self, spent: float, seconds: Seconds, candidates: int) -> int:
         """Return how many trials of the first length there is room for, the first one included."""
         each = seconds.of(2, first_steps(self.full)) / 2
-        part = FIRST_PART * 2 / self.rungs
+        part = FIRST_PART * 2 / self.rungs if self.has_longer else 1.0
         room = math.floor(part * self.left(spent, seconds) / each)
         return 1 + max(0, min(room, candidates - 1, MOST - 1))
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from petl.core.parameters import trainable
+from petl.system.random_states import restore, states
 from petl.training.dataloader import Batch, to_device
 from petl.training.distributed.launch import StepEngine
-from petl.training.runs.checkpoint import rng_state, set_rng
 
 # gap between a size that fits and one that does not, relative to the latter, at which the search
 # ends (assumption: a larger batch by less than this is not worth another trial)
@@ -60,7 +60,7 @@ def restored(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Ge
     # buffers as well: methods keep masks and ranks in them
     changing = [*(tensor for _, tensor in trainable(model)), *model.buffers()]
     copies = [tensor.detach().to("cpu", copy=True) for tensor in changing]
-    state, random_states = copy.deepcopy(optimizer.state_dict()), rng_state(device)
+    state, random_states = copy.deepcopy(optimizer.state_dict()), states(device)
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def restored(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Ge
                 tensor.copy_(before)
         optimizer.load_state_dict(state)
         optimizer.zero_grad()
-        set_rng(random_states, device)
+        restore(random_states, device)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from petl.core.parameters import LiveBytes, trainable
 from petl.data.models.quantization import quantized_bytes
 from petl.errors import UnsupportedError
 from petl.experiments.planning.dry_run import PassMemory, pass_memory
+from petl.experiments.reports.formatting import size
 from petl.training.dataloader import Batch, Splits, longest_first
 from petl.training.distributed.launch import parts
 from petl.training.runs.settings import TrainConfig
@@ -235,4 +236,4 @@ def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def megabytes(count: int) -> str:
     """Format a number of bytes of an estimate."""
-    return f"{count / 1e6:,.0f} MB"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else size(count)

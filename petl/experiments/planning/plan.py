@@ -19,7 +19,7 @@ from petl.core.model.coverage import Coverage, coverage_of
 from petl.core.model.heat_map import role_of
 from petl.core.parameters import trainable
 from petl.core.registry import build_config, method, refusal
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import modifies_base_weights
 from petl.core.support import Capability
 from petl.data.base import read_from, refuse_stream
 from petl.data.batch_sampler import padding_fraction

@@ -7,6 +7,7 @@ from petl.core.types import Record
 from petl.data.tasks.scores import is_percentage, shown
 from petl.experiments.reports.formatting import (
     Table,
+    count_text,
     duration,
     echo,
     interval_text,
@@ -39,7 +40,8 @@ def gained(metric: str, gain: Mapping[str, float]) -> str:
 def headline(advice: Record) -> str:
     """Return the advice in a line."""
     alpha = "" if advice["alpha"] is None else f", alpha {advice['alpha']:g}"
-    length = f"{advice['epochs']:g} epochs" if "epochs" in advice else f"{advice['steps']} steps"
+    unit = "epoch" if "epochs" in advice else "step"
+    length = count_text(advice[f"{unit}s"], unit)
     return (
         f"take {advice['method']}, rank {advice['rank']}{alpha}, learning rate "
         f"{advice['rate']:g}, {advice['blocks']} blocks, {length}"
@@ -77,12 +79,22 @@ def facts_of(advice: Record) -> dict[str, str]:
             f"{advice['adapter']} (`petl eval {advice['run']}` scores it on the test rows, which "
             "were not touched)"
         )
-    runs = spent["spent"] / spent["plain_run"]
     found["spent"] = (
-        f"{duration(spent['spent'])} of processor time, {runs:.2f} of the plain run's "
+        f"{duration(spent['spent'])} of processor time, {runs_of(advice):.2f} of the plain run's "
         f"{duration(spent['plain_run'])} (--cost {advice['cost']:g})"
     )
+    if runs_of(advice) > advice["cost"]:
+        share = spent["fixed"] / spent["plain_run"]
+        found["more than --cost"] = (
+            f"start and loading are {100 * share:.0f} % of that plain run, and do not shrink with "
+            "the rows"
+        )
     return found
+
+
+def runs_of(advice: Record) -> float:
+    """Return what was spent, in plain runs."""
+    return advice["seconds"]["spent"] / advice["seconds"]["plain_run"]
 
 
 def constraints_of(advice: Record) -> dict[str, str]:
@@ -91,7 +103,7 @@ def constraints_of(advice: Record) -> dict[str, str]:
     for words, cost in advice["constraints"].items():
         without, texts = cost["without"], [cost["note"]] if cost["note"] else []
         if cost["excludes"] or not texts:
-            texts.append(f"excludes {cost['excludes']} choices")
+            texts.append(f"excludes {count_text(cost['excludes'], 'choice')}")
         if without:
             texts.append(
                 f"without it {named(without)}: {gained(advice['metric'], without['gain'])}"
@@ -174,7 +186,7 @@ def charts_of(advice: Record) -> Iterator[str]:
     if curves:
         yield line_chart(curves[:MOST_CURVES], "Score by length of training", x="steps", y=y)
     if len(by_rank) > 1:
-        title = f"LoRA by rank, {shortest} steps"
+        title = f"LoRA by rank, {count_text(shortest, 'step')}"
         yield line_chart([Curve("lora", sorted(by_rank.items()))], title, x="rank", y=y)
 
 

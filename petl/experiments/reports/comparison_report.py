@@ -12,6 +12,7 @@ from petl.experiments.reports.answers import Differences
 from petl.experiments.reports.comparison import Comparison, Entry
 from petl.experiments.reports.formatting import (
     Table,
+    count_text,
     interval,
     interval_text,
     mean_text,
@@ -40,6 +41,7 @@ def write_page(
     folder: Path,
     learning_rates: Mapping[str, object] | None = None,
     answers: Differences | None = None,
+    failures: Sequence[str] = (),
 ) -> list[Path]:
     """Write index.html, results.md and the charts as SVG files; return the files.
 
@@ -48,11 +50,16 @@ def write_page(
     Args:
         learning_rates: the content of a study's rates.json, see `petl.experiments.sweeps.study`.
         answers: where the predictions of two runs differ, for a last section of the page.
+        failures: sentences on what a study has no finished runs of.
     """
     # not a draft: a comparison is often written again into the same folder
     folder.mkdir(parents=True, exist_ok=True)
     tables = [tables_of(each, learning_rates) for each in comparisons]
-    texts = [markdown(*section) for section in zip(comparisons, tables, strict=True)]
+    said = [
+        [*failures, *summary(each), *about_rates(each.metric, learning_rates)]
+        for each in comparisons
+    ]
+    texts = [markdown(*section) for section in zip(comparisons, tables, said, strict=True)]
     if len(comparisons) > 1:
         titles = (title_of(each) for each in comparisons)
         texts = [
@@ -60,7 +67,7 @@ def write_page(
         ]
     charts = [charts_of(each) for each in comparisons]
     write_atomic(folder / MARKDOWN, "\n".join(texts))
-    write_atomic(folder / HTML, html(comparisons, tables, charts, folder, answers))
+    write_atomic(folder / HTML, html(comparisons, tables, said, charts, folder, answers))
     written = [folder / HTML, folder / MARKDOWN]
     for i, drawn in enumerate(charts, start=1):
         # files are numbered only if their names would collide
@@ -85,8 +92,7 @@ def tables_of(
     """Return the tables of a section by heading."""
     tables = {"Results": results(comparison), "Each seed": each_seed(comparison)}
     if learning_rates:
-        heading = "Learning rates (one seed each: no spread is known)"
-        tables[heading] = learning_rates_tried(comparison.metric, learning_rates)
+        tables["Learning rates"] = learning_rates_tried(comparison.metric, learning_rates)
     return tables
 
 
@@ -179,22 +185,33 @@ def each_seed(comparison: Comparison) -> Table:
 
 
 def learning_rates_tried(metric: str, tried: Mapping[str, Any]) -> Table:
-    """Return a table of the validation score at each learning rate; a star marks the chosen one.
+    """Return a table of the validation score at each learning rate; a star marks the taken one.
+
+    The score is a mean over as many seeds as are given behind it.
 
     Args:
         tried: the content of a study's rates.json.
     """
     # JSON keys are strings, sorted here as numbers
-    rates = sorted({rate for entry in tried.values() for rate in entry["validation"]}, key=float)
+    known = {r for e in tried.values() for r in (*e["validation"], *e.get("failed", ()))}
+    rates = sorted(known, key=float)
     rows = []
     for name, entry in tried.items():
-        scores = entry["validation"]
-        cells = [score(metric, scores[rate]) if rate in scores else "failed" for rate in rates]
+        cells = [_tried(metric, rate, entry) for rate in rates]
         # a study writes the rates that it has tried in six digits
         edge = f" ({entry['edge']} tried)" if entry.get("edge") else ""
         stars = [f" *{edge}" if rate == f"{entry['taken']:g}" else "" for rate in rates]
         rows.append([name, *(cell + star for cell, star in zip(cells, stars, strict=True))])
-    return Table([f"validation {metric}, learning rate:", *rates], rows)
+    return Table([f"validation {metric} by learning rate (* taken)", *rates], rows)
+
+
+def _tried(metric: str, rate: str, entry: Mapping[str, Any]) -> str:
+    """Format the score at a rate; "" if the method was not trained with it."""
+    if rate not in entry["validation"]:
+        return "failed" if rate in entry.get("failed", ()) else ""
+    count = entry.get("seeds", {}).get(rate)  # studies of earlier versions have none
+    seeds = f", {count_text(count, 'seed')}" if count else ""
+    return score(metric, entry["validation"][rate]) + seeds
 
 
 def mean_gain(comparison: Comparison, gains: Sequence[float]) -> str:
@@ -213,7 +230,7 @@ def mean_gain(comparison: Comparison, gains: Sequence[float]) -> str:
 
 def summary(comparison: Comparison) -> list[str]:
     """Return sentences on which entries differ from the baseline, and on what limits that."""
-    sentences = [*ranking(comparison), *about_seeds(comparison)]
+    sentences = [*ranking(comparison), *about_sign(comparison), *about_seeds(comparison)]
     confounders = comparison.confounders()
     if confounders:
         sentences.append(f"These runs also differ in other settings: {'; '.join(confounders)}.")
@@ -271,7 +288,25 @@ def ranking(comparison: Comparison) -> list[str]:
             text = f"no clear difference to {baseline.name} (the seeds disagree)"
         # methods with the same outcome share a sentence
         groups.setdefault(text, []).append(name)
-    return [f"{', '.join(names)}: {text}." for text, names in groups.items()]
+    said = [f"{', '.join(names)}: {text}." for text, names in groups.items()]
+    fewest = min((len(gains) for _, gains in others if min(gains) > 0 or max(gains) < 0), default=0)
+    if fewest:
+        said.append(
+            f"Of two methods that are equally good, one is the better in all of {fewest} seeds by "
+            f"chance in 1 of {2 ** (fewest - 1)} comparisons."
+        )
+    return said
+
+
+def about_sign(comparison: Comparison) -> list[str]:
+    """Return a sentence on differences that are positive where the score is lower."""
+    baseline = comparison.baseline
+    if baseline is None or comparison.higher_is_better or len(comparison.entries) < 2:
+        return []
+    return [
+        f"{comparison.metric} is better when it is lower: + in the differences to {baseline.name} "
+        "means better, that is lower."
+    ]
 
 
 def about_seeds(comparison: Comparison) -> list[str]:
@@ -294,11 +329,22 @@ def about_seeds(comparison: Comparison) -> list[str]:
         by_seeds.setdefault(seeds_text(entry.seeds), []).append(entry.name)
     if len(by_seeds) > 1:
         which = "; ".join(f"{', '.join(names)}: {seeds}" for seeds, names in by_seeds.items())
+        differences = "; differences are over the seeds that both have" * bool(comparison.baseline)
         sentences.append(
-            f"The seeds differ ({which}), so the means are over different seeds; differences are "
-            "over the seeds that both have."
+            f"The seeds differ ({which}), so the means are over different seeds{differences}."
         )
     return sentences
+
+
+def about_rates(metric: str, tried: Mapping[str, object] | None) -> list[str]:
+    """Return a sentence on how a study has chosen among learning rates."""
+    if not tried:
+        return []
+    equal = f"; rates with the same {metric} are compared by their validation loss"
+    return [
+        f"Learning rates are compared by their validation {metric}{equal * (metric != 'loss')}. "
+        "Of those that are not told apart from the best, the lowest is taken."
+    ]
 
 
 def outlying(scores: Mapping[Seed, float]) -> list[Seed]:
@@ -322,7 +368,8 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
     revisions = {e["git"]: None for e in environments}
     # dicts and `dict.fromkeys` remove repetitions and keep the order
     machine = " · ".join(dict.fromkeys(run.device for run in runs))
-    cores = f", {first.environment['cores']} cores" if not comparison.on_device else ""
+    count = count_text(first.environment["cores"], "core")
+    cores = f", {count}" if not comparison.on_device else ""
     threads = sorted({e["threads"] for e in environments})
     unit = "thread" if threads == [1] else "threads"
     counted = sample_size(first.evaluation)  # the same for all runs
@@ -341,11 +388,11 @@ def circumstances(comparison: Comparison) -> dict[str, str]:
 # The files
 
 
-def markdown(comparison: Comparison, tables: Mapping[str, Table]) -> str:
+def markdown(comparison: Comparison, tables: Mapping[str, Table], said: Sequence[str]) -> str:
     """Return the tables, the sentences and the circumstances in markdown."""
     # the sentences follow the table of results, as on the page
     first, *others = (table.markdown() for table in tables.values())
-    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in summary(comparison))
+    sentences = "\n".join(f"- {escaped(sentence)}" for sentence in said)
     rest = "\n".join(
         f"- {name}: {escaped(text)}" for name, text in circumstances(comparison).items()
     )
@@ -417,6 +464,7 @@ def costs_of(comparison: Comparison) -> dict[str, tuple[str, str, Sequence[float
 def html(
     comparisons: Sequence[Comparison],
     tables: Sequence[Mapping[str, Table]],
+    said: Sequence[Sequence[str]],
     charts: Sequence[Mapping[str, str]],
     folder: Path,
     answers: Differences | None = None,
@@ -428,20 +476,23 @@ def html(
             "title": title if len(titles) > 1 else "",
             # a single section needs no heading below the page's title
             "tables": [(name, table, _links(table, folder)) for name, table in own.items()],
-            "summary": summary(each),
+            "summary": sentences,
             "charts": drawn.values(),
             "circumstances": circumstances(each),
         }
-        for title, each, own, drawn in zip(titles, comparisons, tables, charts, strict=True)
+        for title, each, own, sentences, drawn in zip(
+            titles, comparisons, tables, said, charts, strict=True
+        )
     ]
     runs = [run for each in comparisons for run in each.runs]
     # the date of an ISO 8601 time
     dates = sorted(run.environment["started"][:10] for run in runs)
     between = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    count = count_text(len(runs), "run")
     return render_page(
         titles[0] if len(titles) == 1 else "Comparison of runs",
         "comparison.html",
-        about=f"comparison {folder.absolute().name}: {len(runs)} runs, started {between}",
+        about=f"comparison {folder.absolute().name}: {count}, started {between}",
         links={"tables as markdown": address(folder / MARKDOWN, folder)},
         sections=sections,
         answers=answers,

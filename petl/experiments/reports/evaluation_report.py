@@ -14,7 +14,7 @@ from petl.experiments.reports.formatting import score as format_score
 from petl.experiments.reports.page import render_page
 from petl.experiments.reports.predictions_section import Analysis, analyze, section_of
 from petl.system.files.disk import write_atomic
-from petl.training.runs.prediction_tables import never_predicted
+from petl.training.runs.predicted_classes import never_predicted
 from petl.training.runs.records import PREDICTIONS
 
 SAME = 1e-6  # relative above 1: repeated evaluations of an adapter differ by less (assumption)

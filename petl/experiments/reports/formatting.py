@@ -124,10 +124,16 @@ def interval_text(metric: str, limits: tuple[float, float]) -> str:
     return "{:.1f} to {:.1f} %".format(*(100 * limit for limit in limits))
 
 
+def count_text(number: float, noun: str) -> str:
+    """Format a number of things: "1 run", "1,200 steps", "0.5 epochs"."""
+    digits = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{digits} {noun}{'s' * (number != 1)}"
+
+
 def seeds_text(seeds: Sequence[int]) -> str:
     """Format seeds: "3 seeds (0, 1, 2)", more than ten of them without their numbers."""
     listed = f" ({', '.join(map(str, seeds))})" if len(seeds) <= 10 else ""
-    return f"{len(seeds)} seed{'s' * (len(seeds) != 1)}{listed}"
+    return f"{count_text(len(seeds), 'seed')}{listed}"
 
 
 def mean_text(metric: str, values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from petl.experiments.reports.formatting import number
 from petl.experiments.reports.page import Curve, line_chart
 from petl.system.files.read import iterate_json_lines
 from petl.system.progress import ProgressItems
-from petl.training.runs.prediction_tables import has_several
+from petl.training.runs.predicted_classes import has_several
 from petl.training.runs.records import BEFORE, PREDICTIONS, of_task
 
 ABSENT = ""  # in place of a class that a row does not have

@@ -16,6 +16,7 @@ from petl.data.models.sources import RandomInit
 from petl.data.tasks.scores import is_beside, is_percentage, shown
 from petl.errors import InputError
 from petl.experiments.reports.formatting import (
+    count_text,
     duration,
     echo,
     interval,
@@ -40,7 +41,7 @@ from petl.training.features import sections_of
 from petl.training.features.section import Curve, Section
 from petl.training.runs.card_code import placed
 from petl.training.runs.config import names_of
-from petl.training.runs.prediction_tables import never_predicted
+from petl.training.runs.predicted_classes import never_predicted
 from petl.training.runs.records import (
     ADAPTER,
     CONFIG,
@@ -391,7 +392,7 @@ def facts(record: RunRecord) -> dict[str, str]:
         "adapter parameters": f"{own:,}",
         **({"coverage": scores["coverage"]["summary"]} if scores.get("coverage") else {}),
         "adapter file": f"{size(scores['adapter_bytes'])} ({scores['adapter_bytes']:,} bytes)",
-        "length": f"{scores['steps']:,} steps, {scores['tokens']:,} {scores['unit']}",
+        "length": f"{count_text(scores['steps'], 'step')}, {scores['tokens']:,} {scores['unit']}",
         "time in the training loop": f"{duration(scores['seconds'])}, "
         f"{duration(scores['cpu_seconds'])} of processor time",
         "peak memory (RSS)": size(scores["peak_rss_bytes"]),

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from petl.data.tasks import TASKS
 from petl.errors import InputError, RunStopped
+from petl.experiments.reports.formatting import count_text
 from petl.experiments.sweeps.progress import SweepProgress, is_launched
 from petl.system.processes import is_first, refuse_processes
 from petl.system.settings.command_line import is_optuna
@@ -85,9 +86,8 @@ class SweepSummaryCallback(Callback):
             self.progress.end(job_return)
         # the Optuna sweeper would fail without a finished trial, with a traceback
         if is_optuna() and not self.finished and len(self.jobs) == config.hydra.sweeper.n_trials:
-            raise app.WrappedError(
-                RunStopped(f"none of the {len(self.jobs)} trials finished; see the errors above")
-            )
+            trials = count_text(len(self.jobs), "trial")
+            raise app.WrappedError(RunStopped(f"none of {trials} finished; see the errors above"))
 
     def report_best(self, config: DictConfig) -> None:
         """Log the best setting."""

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
-from petl.experiments.reports.formatting import duration
+from petl.experiments.reports.formatting import count_text, duration
 from petl.system.settings.command_line import how_to_resume_sweep, is_optuna
 
 # of Hydra, which makes the runs of a sweep in this process
@@ -53,7 +53,7 @@ class SweepProgress:
     def __init__(self, config: DictConfig) -> None:
         self.fixed, self.count = fixed_settings(config), count_runs(config)
         self.begun, self.done, self.failed = time.monotonic(), 0, 0
-        runs = "runs" if self.count is None else f"{self.count} runs"
+        runs = "runs" if self.count is None else count_text(self.count, "run")
         logger.info("sweep: %s, one after the other in this process", runs)
 
     def start(self, config: DictConfig) -> None:
@@ -85,4 +85,5 @@ class SweepProgress:
     def close(self) -> None:
         """Say how runs that failed are made again."""
         if self.failed:
-            logger.info("%d of %d runs failed; %s", self.failed, self.done, how_to_resume_sweep())
+            runs = count_text(self.done, "run")
+            logger.info("%d of %s failed; %s", self.failed, runs, how_to_resume_sweep())

@@ -6,6 +6,7 @@
     replaced/NAME/       runs with a learning rate that was the best one of fewer rates
     *.log                next to each run: its output
     rates.json           the validation score of each learning rate, and the chosen one
+    precision.json       what train.precision=auto is for the runs of each model
 
 Each run is a process of `petl train`, forked from one that has imported what they need. Finished
 runs are kept: the same command resumes a stopped study.
@@ -19,28 +20,42 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from petl.core.types import Record
+from petl.data.models.sources import ModelSource
 from petl.errors import InputError, RunStopped
 from petl.experiments.reports.entries import mean_quality, quality_of, validation_of
-from petl.experiments.reports.formatting import duration
+from petl.experiments.reports.formatting import count_text, duration
 from petl.experiments.sweeps.forked_runs import ForkedRuns
+from petl.experiments.sweeps.found_precision import found_precision
+from petl.experiments.sweeps.run_log import reason_in
 from petl.system.files.disk import append_to, as_json, remove, write_atomic
 from petl.system.files.read import read_json
 from petl.system.settings.command_line import config_dir_words, how_to_continue, quoted
 from petl.training.compose import compose
+from petl.training.runs.config import RunConfig
 from petl.training.runs.records import is_finished, read_results
-from petl.training.runs.resume import as_begun, differences, identity, identity_of, is_whole
+from petl.training.runs.resume import (
+    PRECISION,
+    as_begun,
+    differences,
+    identity,
+    identity_of,
+    is_whole,
+    summary,
+)
 from petl.training.runs.run_config import read_config
+from petl.training.runs.settings import AUTO
 
 TOGETHER = (sys.executable, "-m", "petl.cli.train_together")
 RATES = "rates.json"
+PRECISIONS = "precision.json"
 REPLACED = "replaced"
 AT_THE_END = 10**9  # as train.eval_steps: evaluate after the last step only
 TUNING_SEEDS = 3  # of the choice of a learning rate
@@ -74,11 +89,15 @@ class Rates(TypedDict):
 
     Attributes:
         validation: the mean score of each rate over its seeds.
+        seeds: how many these are.
+        failed: the rates of which no run finished.
         taken: the chosen one.
         edge: "highest" or "lowest", if it is that of all rates that were tried; "" in between.
     """
 
     validation: dict[str, float]
+    seeds: NotRequired[dict[str, int]]
+    failed: NotRequired[list[str]]
     taken: float
     edge: NotRequired[str]
 
@@ -149,7 +168,8 @@ class Study:
 
         Raises:
             InputError: invalid settings, or the folder contains another study.
-            RunStopped: final runs failed, or all tuning runs of a method; the message has the logs.
+            RunStopped: final runs failed, or all tuning runs of a method; the others are made all
+                the same, and the message has the logs and the reasons.
         """
         self._check()
         try:
@@ -160,16 +180,34 @@ class Study:
 
     def _run(self) -> None:
         self._tune()
-        chosen = {contender: self.best_rate(contender) for contender in self.contenders}
+        chosen = {c: self.best_rate(c) for c in self.contenders if self._can_train(c)}
         for contender, rate in chosen.items():
             self._replace(contender, rate)
         failed = self._train_all(
             # seed by seed, so that a load of the machine that changes slowly meets all contenders
             [self._final(c, seed, rate) for seed in self.seeds for c, rate in chosen.items()]
         )
-        if failed:
-            logs = ", ".join(str(job.log) for job in failed)
-            raise RunStopped(f"{len(failed)} runs failed, see {logs}; {how_to_continue()}")
+        for contender in chosen:
+            runs = [j for j in failed if j.folder.parent.name == slug(contender.name)]
+            if runs:
+                self._note(f"{contender.name}: {count_text(len(runs), 'run')} failed", runs)
+        if self.failures:
+            raise RunStopped("\n".join([*self.failures, how_to_continue()]))
+
+    @cached_property
+    def failures(self) -> list[str]:
+        """Sentences on the contenders of which runs failed: the logs, and the last error."""
+        return []
+
+    def _note(self, what: str, failed: Sequence[StudyJob]) -> None:
+        logs = ", ".join(str(job.log) for job in failed)
+        last = failed[-1].log
+        self.failures.append(f"{what}, see {logs}: {reason_in(last, self._written.get(last, 0))}")
+
+    @cached_property
+    def _written(self) -> dict[Path, int]:
+        """The bytes that a log had before this command, by file."""
+        return {}
 
     # The runs
 
@@ -201,12 +239,10 @@ class Study:
         the lowest one that is not told apart from the best (`told_apart`).
 
         None if there are no learning rates to choose from, as with a rate in the words.
-
-        Raises:
-            RunStopped: no run of a learning rate finished.
         """
         rates = self._rates(contender)
         if len(rates) < 2:
+            self._forget(contender)
             return next(iter(rates), None)
         qualities = self._qualities(contender)
         most = max(map(len, qualities.values()))
@@ -218,11 +254,25 @@ class Study:
             for rate in qualities
             if (found := self._finished(contender, rate).values())
         }
-        ends = {min(qualities): "lowest", max(qualities): "highest"}
-        chosen = Rates(validation=scores, taken=taken, edge=ends.get(taken, ""))
+        failed = [rate for rate in rates if self._tuning(contender, rate) in self._failed]
+        tried = [*qualities, *failed]
+        ends = {min(tried): "lowest", max(tried): "highest"}
+        chosen = Rates(
+            validation=scores,
+            seeds={f"{rate:g}": len(found) for rate, found in qualities.items()},
+            failed=[f"{rate:g}" for rate in failed],
+            taken=taken,
+            edge=ends.get(taken, ""),
+        )
         # the file may have methods of which an earlier command chose the rates
         write_atomic(self.folder / RATES, as_json(self.tried | {contender.name: chosen}))
         return taken
+
+    def _forget(self, contender: Contender) -> None:
+        """Remove from rates.json what an earlier command chose for a contender."""
+        noted = self.tried
+        if noted.pop(contender.name, None) is not None:
+            write_atomic(self.folder / RATES, as_json(noted))
 
     def _finished(self, contender: Contender, rate: float) -> dict[int, StudyJob]:
         """Return the finished runs that score a learning rate, by seed."""
@@ -230,20 +280,9 @@ class Study:
         return {seed: job for seed, job in jobs.items() if is_finished(job.folder)}
 
     def _qualities(self, contender: Contender) -> dict[float, Qualities]:
-        """Return the validation scores of the rates of which the run of the first seed finished.
-
-        Raises:
-            RunStopped: there is none.
-        """
+        """Return the validation scores of the rates of which the run of the first seed finished."""
         rates = self._rates(contender)
         found = {rate: jobs for rate in rates if 0 in (jobs := self._finished(contender, rate))}
-        if not found:
-            logs = ", ".join(str(self._tuning(contender, rate).log) for rate in rates)
-            raise RunStopped(
-                f"{contender.name}: no run finished at any of {len(rates)} learning rates; "
-                f"see {logs}",
-                status=1,
-            )
         return {
             rate: {s: quality_of(job.scores, validation_of(job.scores)) for s, job in jobs.items()}
             for rate, jobs in found.items()
@@ -254,36 +293,74 @@ class Study:
         qualities = self._qualities(contender)
         return max(qualities, key=lambda rate: (qualities[rate][0], -rate))
 
+    def _can_train(self, contender: Contender) -> bool:
+        """Return True unless no run finished that was to score a rate of a contender."""
+        return len(self._rates(contender)) < 2 or bool(self._qualities(contender))
+
+    def _leave_out(self, contender: Contender) -> None:
+        """Note that no run finished at any rate that was tried."""
+        rates = (self._tuning(contender, rate) for rate in self._rates(contender))
+        failed = [job for job in rates if job in self._failed]
+        count = count_text(len(failed), "learning rate")
+        self._note(f"{contender.name} is left out: no run of {count} finished", failed)
+        self._forget(contender)
+
     def _tune(self) -> None:
         """Score learning rates: all of them, or from the middle outward; then the best again."""
         tuned = [contender for contender in self.contenders if len(self._rates(contender)) > 1]
         tried = {contender: self._first_rates(contender) for contender in tuned}
         due = [(c, rate) for c, rates in tried.items() for rate in rates]
         while due:
-            self._train_all([self._tuning(contender, rate) for contender, rate in due])
+            self._tune_with([self._tuning(contender, rate) for contender, rate in due])
+            for contender in [c for c in tried if not self._can_train(c)]:
+                self._leave_out(contender)
+                del tried[contender]
             found = [(c, self._next_rate(self._first_best(c), rates)) for c, rates in tried.items()]
             due = [(contender, rate) for contender, rate in found if rate is not None]
             for contender, rate in due:
                 tried[contender].append(rate)
-        self._train_all(
+        self._tune_with(
             [
                 self._tuning(contender, rate, seed)
                 for seed in range(1, self.tuning_seeds)
-                for contender in tuned
+                for contender in tried
                 for rate in self._nearest(contender)
             ]
         )
-        for contender in tuned:
+        for contender in tried:
             self.best_rate(contender)
-            entry = self.tried[contender.name]
-            if entry.get("edge"):
+            self._warn(contender)
+
+    def _tune_with(self, jobs: list[StudyJob]) -> None:
+        self._failed.extend(self._train_all(jobs))
+
+    @cached_property
+    def _failed(self) -> list[StudyJob]:
+        """The runs that were to score a learning rate, and failed."""
+        return []
+
+    def _warn(self, contender: Contender) -> None:
+        """Say what limits the choice of a learning rate."""
+        entry = self.tried[contender.name]
+        counts = entry.get("seeds", {})
+        most = max(counts.values())
+        for rate in self._nearest(contender):
+            if counts[f"{rate:g}"] < most:
                 logger.warning(
-                    "%s: lr=%g is the %s of the learning rates that were tried; one beyond it may "
-                    "be better: give more with --rates",
+                    "%s: lr=%g is left out of the choice: %d of %d seeds finished, see above",
                     contender.name,
-                    entry["taken"],
-                    entry["edge"],
+                    rate,
+                    counts[f"{rate:g}"],
+                    most,
                 )
+        if entry.get("edge"):
+            logger.warning(
+                "%s: lr=%g is the %s of the learning rates that were tried; one beyond it may be "
+                "better: give more with --rates",
+                contender.name,
+                entry["taken"],
+                entry["edge"],
+            )
 
     def _nearest(self, contender: Contender) -> list[float]:
         """Return the best rate of the first seed and its neighbours of which a run finished."""
@@ -343,29 +420,49 @@ class Study:
             if len(set(values)) < len(values):
                 raise InputError(f"{name}={','.join(map(str, values))} has a value twice")
         for contender in self.contenders:
+            for word, place in self._replaced(contender):
+                raise InputError(f"{word}: the study sets it for each run; give it as {place}")
             jobs = [self._tuning(contender, rate) for rate in self._rates(contender)]
             jobs += [self._final(contender, seed, None) for seed in self.seeds]
             # one job is enough: the others differ from it in valid numbers only
-            config = read_config(compose(jobs[-1].overrides))
-            if config.train.together > 1:
-                raise InputError(
-                    f"train.together={config.train.together} is for sweeps; use --together "
-                    f"{config.train.together}"
-                )
+            self._accept(contender, read_config(compose(jobs[-1].overrides)))
             for job in jobs:
                 existing = identity_of(job.folder)
                 if existing is not None:
                     refuse_other(job, existing)
 
+    def _accept(self, contender: Contender, config: RunConfig) -> None:
+        """Note the settings of a contender that each run would complete for itself."""
+        if config.train.together > 1:
+            raise InputError(
+                f"train.together={config.train.together} is for sweeps; use --together "
+                f"{config.train.together}"
+            )
+        # of a bfloat16 model it is the same everywhere
+        if config.train.precision == AUTO and config.model.dtype != "bfloat16":
+            self._automatic[slug(contender.name)] = config.model
+
+    def _replaced(self, contender: Contender) -> Iterator[tuple[str, str]]:
+        """Yield the settings that the study would replace by its own, and where they are given."""
+        chosen = {"train.seed": "--seeds", "train.run": "the folder of the study"}
+        if self._rates(contender):
+            chosen["train.lr"] = "--rates, or in --method for one method"
+        for word in (*contender.overrides, *self.overrides):
+            key = word.lstrip("+").partition("=")[0]
+            if key in chosen:
+                yield word, chosen[key]
+
     def _train_all(self, jobs: list[StudyJob]) -> list[StudyJob]:
         """Train the runs that are not finished, `self.jobs` at a time; return those that failed."""
         due = [job for job in jobs if not is_whole(job.folder)]
         if len(due) < len(jobs):
-            logger.info("%d of %d runs are already finished", len(jobs) - len(due), len(jobs))
+            runs = count_text(len(jobs), "run")
+            logger.info("already finished: %d of %s", len(jobs) - len(due), runs)
         begun, done = time.monotonic(), 0
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                started = [pool.submit(self._train_unit, unit) for unit in self._units(due)]
+                units = self._units([self._in_precision(job) for job in due])
+                started = [pool.submit(self._train_unit, unit) for unit in units]
                 for ended in as_completed(started):
                     for job, seconds in ended.result():
                         done += 1
@@ -376,6 +473,35 @@ class Study:
                     process.terminate()
                 raise
         return [job for job in due if not is_whole(job.folder)]
+
+    @cached_property
+    def _automatic(self) -> dict[str, ModelSource]:
+        """The models of the contenders with train.precision=auto, by the name of the folder."""
+        return {}
+
+    def _in_precision(self, job: StudyJob) -> StudyJob:
+        """Return a run with the precision that auto is for it, as it began or as in this study."""
+        model = self._automatic.get(job.folder.parent.name)
+        if model is None:
+            return job
+        begun = (identity_of(job.folder) or {}).get(PRECISION)
+        kept = [word for word in job.overrides if not word.startswith(f"{PRECISION}=")]
+        found = begun or self._precision(model, job)
+        return replace(job, overrides=[*kept, f"{PRECISION}={found}"])
+
+    def _precision(self, model: ModelSource, job: StudyJob) -> str:
+        """Return what auto is in this study for the model of a run, on whatever machine."""
+        file = self.folder / PRECISIONS
+        name = str(getattr(model, "path", None) or model.name)
+        known = read_json(file, dict[str, str]) if file.exists() else {}
+        if name not in known:
+            try:
+                known[name] = found_precision(model, job.overrides, self.environment)
+            except InputError:  # such as a model that is not there: the runs say why they fail
+                return AUTO
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, as_json(known))
+        return known[name]
 
     def _report(self, job: StudyJob, seconds: float, done: int, count: int, elapsed: float) -> None:
         """Log how a run ended, and how many remain."""
@@ -401,6 +527,7 @@ class Study:
 
         The part of one run is not known where several train in one pass.
         """
+        self._written.update((job.log, job.log.stat().st_size) for job in jobs if job.log.exists())
         if self.together == 1:
             return [self._train(job) for job in jobs]
         described = [{"overrides": job.overrides, "log": str(job.log)} for job in jobs]
@@ -490,8 +617,8 @@ def refuse_other(job: StudyJob, existing: Record) -> None:
     others = differences(existing, {**now, "train.lr": existing.get("train.lr")})
     if others:
         raise InputError(
-            f"{job.folder} belongs to another study ({', '.join(others[:3])}): use the same "
-            "settings, or another folder"
+            f"{job.folder} belongs to another study ({summary(others)}): use the same settings, "
+            "or another folder"
         )
 
 

@@ -73,7 +73,7 @@ class TogetherLauncher(Launcher):
         """Make the runs of a batch; return their results in the same order.
 
         Raises:
-            Passing: a signal ended them.
+            WrappedError: a signal ended them.
         """
         # imports torch, which the check of a sweep's settings does not need
         from petl.training.together.runs import RunJob, train_runs

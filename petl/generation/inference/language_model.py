@@ -21,7 +21,7 @@ from transformers import (
 
 from petl.core.model.modes import has_enabled_adapter
 from petl.core.parameters import max_positions
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import modifies_base_weights
 from petl.core.types import CausalModel, Settings, base_of
 from petl.data.conversations import IMAGE, Part, with_parts
 from petl.data.tasks import TOOLS, Message

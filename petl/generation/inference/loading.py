@@ -12,8 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from petl.adapters.export.saved_adapter import SavedAdapter, device, find, model_in
 from petl.core.loading import load
-from petl.core.spec.facts import facts_of
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import facts_of, modifies_base_weights
 from petl.core.types import CausalModel, Processor, Settings
 from petl.data.models.loading import load_base, load_processor, loading
 from petl.data.models.saved_processor import differences, load_saved_processor
@@ -245,7 +244,7 @@ def task_of(found: Found, path: str | Path) -> Task:
         tokens = None if learned is None else learned.new_tokens
         if isinstance(learned, ImageText):
             return ImageText(max_length=1, new_tokens=tokens)
-        kind = str(found.config.task_type)
+        kind = found.task_type or "without a task"
         reads = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(kind)  # None: no task that writes
     else:
         source = read_source(found)

@@ -47,7 +47,7 @@ class PredictionFile:
         """Raise InputError if the file cannot be written, or is one of the inputs."""
         if self.file is None:
             return
-        check_format("--out", self.file)
+        check_format(self.file)
         keep_inputs(self.file, names)
 
     @contextmanager

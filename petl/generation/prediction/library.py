@@ -16,8 +16,8 @@ from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.evaluation import evaluate_saved
 from petl.generation.prediction.predictor import Predictor, predicted
 from petl.system.progress import Pass
+from petl.system.random_states import states_kept
 from petl.training.distributed.launch import accelerate_restored
-from petl.training.runs.checkpoint import rng_state, set_rng
 
 Data = str | Path | Iterable[str | Path] | Iterable[Mapping[str, Any]]
 
@@ -102,20 +102,17 @@ def evaluate(  # noqa: PLR0913
     """
     names, rows = ([], None) if data is None else files_or_rows(data)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    random_states = rng_state(device)
-    try:
-        with accelerate_restored():
-            return evaluate_saved(
-                find(run, trust_remote_code=trust_remote_code, other_base=other_base),
-                names,
-                words_of(columns),
-                None if out is None else Path(out),
-                rows=rows,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-            )
-    finally:
-        set_rng(random_states, device)  # those of the caller: the evaluation seeds them
+    # those of the caller: the evaluation seeds them
+    with states_kept(device), accelerate_restored():
+        return evaluate_saved(
+            find(run, trust_remote_code=trust_remote_code, other_base=other_base),
+            names,
+            words_of(columns),
+            None if out is None else Path(out),
+            rows=rows,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+        )
 
 
 def files_or_rows(data: Data) -> tuple[list[str], list[Row] | None]:

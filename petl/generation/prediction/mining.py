@@ -87,7 +87,7 @@ def mine(
     if vectors is None:
         found = vectors_of(predictor, texts, DOCUMENT, predictor.batch_size)
     else:
-        found = read_vectors(vectors, (len(texts), pairs.vectors.shape[1]))
+        found = read_vectors(vectors, predictor, texts)
     written = negatives = 0
     with new_table(out) as table:
         for part in _with_negatives(predictor, pairs, texts, torch.from_numpy(found), choice):

@@ -155,8 +155,7 @@ class Predictor:
                 ids = [names.index(rows[i][COLUMN]) for i in part] if names else None
                 texts = written(
                     self.model, self.processor, asked, self.max_new_tokens, ids,
-                    is_chat=getattr(self.task, "chat", False),
-                    prefix=getattr(self.task, "prefix", ""),
+                    is_chat=getattr(self.task, "chat", False), prefix=self.task.prefix,
                 )  # fmt: skip
             found |= {i: {"prediction": text} for i, text in zip(part, texts, strict=True)}
         return found

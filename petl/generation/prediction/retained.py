@@ -40,7 +40,7 @@ def evaluate_retained(
         check_output(folder, *(OWN if is_place(saved, folder) else ()))
         check_writable(folder)
     # before a model is loaded
-    texts = texts_for(names, "--retain", saved.task, saved.settings)
+    texts = texts_for(names, saved.task, saved.settings)
     model, processor = saved.model(), saved.processor
     # others, such as CorDA, change the weights of their base
     base = None if has_base(saved.config) else saved.base().eval()

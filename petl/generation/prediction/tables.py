@@ -137,11 +137,11 @@ WRITERS: dict[str, Callable[..., RowWriter]] = {
 }
 
 
-def check_format(setting: str, path: Path) -> None:
+def check_format(path: Path) -> None:
     """Raise InputError unless rows can be written in the format of this suffix."""
     if path.suffix.lower() not in WRITERS:
         raise InputError(
-            f"{setting}={path} is not in a supported format; available: {', '.join(WRITERS)}"
+            f"--out={path} is not in a supported format; available: {', '.join(WRITERS)}"
         )
 
 

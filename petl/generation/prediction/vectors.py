@@ -3,6 +3,8 @@
 N texts, D numbers of a vector.
 """
 
+import logging
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from petl.adapters.export.saved_adapter import SavedAdapter, device
 from petl.core.types import Settings, base_of
@@ -24,7 +27,7 @@ from petl.data.documents import passages
 from petl.data.files import located_rows
 from petl.data.inputs import read_inputs
 from petl.data.judgements import DOCUMENT, QUERY
-from petl.data.models.loading import load_base, load_processor
+from petl.data.models.loading import load_base, load_processor, new_modules
 from petl.data.models.sources import read_source
 from petl.data.tasks.base import Pad, pad_id
 from petl.data.tasks.retrieval import Retrieval
@@ -38,14 +41,17 @@ from petl.generation.prediction.predictor import Predictor
 from petl.generation.prediction.tables import keep_inputs, reported
 from petl.ops.retrieval import pool, top_k
 from petl.system.collectives import shared_out
-from petl.system.files.disk import atomic_file
+from petl.system.files.disk import atomic_file, check_bounds
 from petl.system.progress import ProgressItems
 from petl.training.dataloader import longest_first, to_device
 from petl.training.distributed.launch import Launch, accelerate_restored, make_accelerator
 from petl.training.runs.lookup import no_embedder
 
+logger = logging.getLogger(__name__)
 ROLES = (QUERY, DOCUMENT)
 LONGEST = 512  # tokens, of a model whose folder does not say; assumption
+COMPARED = 8  # rows of a file of vectors; assumption
+TOLERANCE = 0.02  # of a vector's length: float16 has 0.0005, bf16 about 0.005; assumption
 DTYPES = ("float32", "float16", "int8", "binary")  # of written vectors
 
 
@@ -85,6 +91,10 @@ def embed(
     wrong = next((each for each in texts if not isinstance(each, str)), None)
     if wrong is not None:
         raise InputError(f"texts has {shown(wrong)}, which is no text: give a list of texts")
+    try:
+        check_bounds(texts)
+    except ValueError as error:
+        raise InputError(f"texts: {error}") from error
     if isinstance(run_or_model, nn.Module):
         if tokenizer is None:
             raise InputError("tokenizer=None, but a model was given: give its tokenizer as well")
@@ -111,7 +121,14 @@ def load_embedder(
     if isinstance(found, SavedAdapter):
         with accelerate_restored(), torch.random.fork_rng(devices=[]):
             return Predictor.of(replace(found, other_base=other_base), batch_size)
-    return plain_predictor(found, Retrieval(), batch_size)
+    source, task = read_source(found), Retrieval()
+    folder = Folder(source)
+    if folder.is_cross_encoder or (folder.scores and not folder.is_embedders):
+        raise InputError(
+            f"{path} is a model that scores texts ({folder.scores}): vectors need an embedder"
+        )
+    task.take_folder(folder)
+    return plain_predictor(found, task, batch_size)
 
 
 def plain_predictor(
@@ -120,7 +137,13 @@ def plain_predictor(
     """Load the model of a folder without task.json, which says the rest of its task."""
     tokenizer = load_processor(settings, task)
     task.max_length = length_of(settings, tokenizer)
-    model = load_base(settings, task, processor=tokenizer).to(device())
+    model = load_base(settings, task, processor=tokenizer)
+    if new_modules(model):
+        raise InputError(
+            f"the model has no weights for {', '.join(new_modules(model))}, which {task.name} "
+            "needs: its scores would be random"
+        )
+    model = model.to(device())
     accelerator = make_accelerator(Launch(), "no")
     return Predictor(model, task, tokenizer, accelerator, batch_size or 64, 1, {})
 
@@ -128,10 +151,18 @@ def plain_predictor(
 def length_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of a text at most, of a plain model: those of its folder, else `LONGEST`."""
     source = read_source(settings)
-    given = Folder(source).max_length
-    most = getattr(source.config().get_text_config(), "max_position_embeddings", None) or LONGEST
-    # some tokenizers have no length, and say 1e30
-    return given or min(tokenizer.model_max_length, most, LONGEST)
+    known = Folder(source).max_length
+    if known is None and tokenizer.model_max_length < VERY_LARGE_INTEGER:
+        known = tokenizer.model_max_length
+    most = getattr(source.config().get_text_config(), "max_position_embeddings", None)
+    if known is None and (most or 0) > LONGEST:
+        logger.warning(
+            "texts are cut to %d tokens of %d: the model's folder does not say how long they may "
+            "be (model_max_length in tokenizer_config.json)",
+            LONGEST,
+            most,
+        )
+    return min(known or LONGEST, most or known or LONGEST)
 
 
 def vectors_of(predictor: Predictor, texts: Sequence[str], role: str, size: int) -> np.ndarray:
@@ -172,7 +203,14 @@ def vectors(
         return np.zeros((0, task.vector_width(base_of(model).config)), np.float32)
     prefix = (task.query_prefix if role == QUERY else task.document_prefix) or ""
     ids = task.tokens(tokenizer, [prefix + text for text in texts])
-    return _pooled(model, task, Pad(pad_id(tokenizer)), ids, size)
+    found = _pooled(model, task, Pad(pad_id(tokenizer)), ids, size)
+    lost = np.flatnonzero(~np.isfinite(found).all(1))
+    if len(lost):
+        raise InputError(
+            f"the model gives {len(lost)} of {len(texts)} texts a vector that is not finite, the "
+            f"first of them text {lost[0] + 1}, {shown(texts[lost[0]])}: its weights are damaged"
+        )
+    return found
 
 
 def vectors_of_tokens(predictor: Predictor, ids: Sequence[Sequence[int]]) -> np.ndarray:
@@ -389,14 +427,15 @@ def nearest(
         file: their vectors, float32 or float16; None: they are computed.
 
     Raises:
-        InputError: the run is of another task, or the vectors are not those of the corpus.
+        InputError: the run is of another task, a query cannot be encoded, or the vectors are not
+            those of the corpus.
     """
     asked = vectors_of(predictor, queries, QUERY, predictor.batch_size)
     if file is None:
         texts = [text for _, text in corpus]
         documents = vectors_of(predictor, texts, DOCUMENT, predictor.batch_size)
     else:
-        documents = read_vectors(file, (len(corpus), asked.shape[1]))
+        documents = read_vectors(file, predictor, [text for _, text in corpus])
     both = [torch.from_numpy(np.asarray(each, np.float32)) for each in (asked, documents)]
     task = predictor.task
     assert isinstance(task, Retrieval), "vectors_of refuses others"
@@ -409,19 +448,32 @@ def nearest(
     ]
 
 
-def read_vectors(file: Path, shape: tuple[int, int]) -> np.ndarray:
-    """The vectors in a file of NumPy.
+def read_vectors(file: Path, predictor: Predictor, texts: Sequence[str]) -> np.ndarray:
+    """The vectors of texts in a file of NumPy; some of them are computed again and compared.
 
     Raises:
-        InputError: it is none, or has another shape or type than floats.
+        InputError: it is none, has another shape or type than floats, or vectors of other texts or
+            of another model.
     """
     try:
         found = np.lib.format.open_memmap(file, mode="c")
-    except (OSError, ValueError) as error:
+    # what numpy's reading of a header raises
+    except (OSError, ValueError, SyntaxError, OverflowError, tokenize.TokenError) as error:
         raise InputError(f"{file} cannot be read as vectors: {first_line(error)}") from error
-    if found.shape != shape or found.dtype.kind != "f":
+    rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), COMPARED)).astype(int))
+    own = vectors_of(predictor, [texts[row] for row in rows], DOCUMENT, predictor.batch_size)
+    again = f"write them with petl predict --out={file}"
+    if found.shape != (len(texts), own.shape[1]) or found.dtype.kind != "f":
         raise InputError(
             f"{file} has {found.dtype} {list(found.shape)}, and the texts have float vectors "
-            f"{list(shape)}: write them with petl predict --out=NAME.npy"
+            f"{[len(texts), own.shape[1]]}: {again}"
+        )
+    length = np.linalg.norm(own, axis=1)
+    other = ~(np.linalg.norm(found[rows] - own, axis=1) <= TOLERANCE * length)
+    if other.any():
+        text = shown(texts[rows[other][0]])
+        raise InputError(
+            f"row {rows[other][0]} of {file} is not the vector of its text {text}: another model "
+            f"or other texts were used; {again}"
         )
     return found

@@ -1,5 +1,6 @@
 """The HTTP server: its paths, its errors in OpenAI's format, and its process."""
 
+import gc
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Collection
@@ -170,6 +171,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer, and say so."""
         await super().startup(sockets)
+        # a large body makes many lists: each collection would visit all models and modules too
+        gc.freeze()
         self.engine.start()
         self.ready()
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from petl.core.layers.mixed_batch import AdapterRows
 from petl.core.masks import positions_in
 from petl.core.parameters import max_positions
-from petl.core.serving.mixed_batch import AdapterRows
 from petl.core.types import Arguments, CausalModel
 from petl.data.tasks.base import pad_id
 from petl.data.tasks.image_text.prompt import ImagePrompt

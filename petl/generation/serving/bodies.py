@@ -19,6 +19,8 @@ from petl.generation.serving.wire import Strict
 Paths = Mapping[str, tuple[type[Strict], Callable[[Any, Request], Awaitable[Response]]]]
 Body = TypeVar("Body", bound=Strict)
 MAX_FIELDS = 1024  # of one JSON object: each unknown one is an error
+SHOULD_BE = "Input should be "  # how pydantic's messages begin
+OBJECT = f"{SHOULD_BE}an object"
 NO_OBJECT = "the body is not a JSON object, sent with Content-Type: application/json"
 
 
@@ -70,10 +72,11 @@ def explained(error: ValidationError) -> tuple[str, str]:
         return f"{param} is missing", param
     if first["type"] == "extra_forbidden":
         return f"{value}: this server has no such setting", param
-    expected = list(dict.fromkeys(each["msg"] for each in meant))
-    start = "Input should be "
-    if len(expected) > 1 and all(each.startswith(start) for each in expected):
-        expected = [start + " or ".join(each.removeprefix(start) for each in expected)]
+    # pydantic's message about an object names the class
+    expected = [OBJECT if each["type"] == "model_type" else each["msg"] for each in meant]
+    expected = list(dict.fromkeys(expected))
+    if len(expected) > 1 and all(each.startswith(SHOULD_BE) for each in expected):
+        expected = [SHOULD_BE + " or ".join(each.removeprefix(SHOULD_BE) for each in expected)]
     message = f"{value}: {expected[0]}" if param else expected[0]
     return message.replace("Value error, ", ""), param
 

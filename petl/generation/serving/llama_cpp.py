@@ -5,13 +5,16 @@ only this user may enter, and all requests go through petl's gate.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LogitsProcessor, PretrainedConfig, RepetitionPenaltyLogitsProcessor
 from transformers.generation import (
     SequenceBiasLogitsProcessor,
@@ -380,6 +383,28 @@ def start_server(
     return llama.Server(options)
 
 
+@contextmanager
+def in_float32(model: nn.Module) -> Generator[None]:
+    """In the block, modules compute in float32, with weights that are widened for their own pass.
+
+    A model in bfloat16 is further from itself in float32 than llama.cpp in float16 is.
+    """
+    dtypes = {each: each.dtype for each in model.parameters() if each.dtype != torch.float32}
+
+    def cast(module: nn.Module, *_: object, widened: bool) -> None:
+        for each in module.parameters(recurse=False):
+            if each in dtypes and each.is_floating_point():
+                each.data = each.to(torch.float32 if widened else dtypes[each])
+
+    with ExitStack() as stack:
+        for module in model.modules() if dtypes else ():
+            before = module.register_forward_pre_hook(partial(cast, widened=True))
+            after = module.register_forward_hook(partial(cast, widened=False))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
+
+
 def compare(server: Any, model: CausalModel, loras: int, tolerance: float) -> None:
     """Compare llama.cpp with transformers at one prompt of random tokens.
 
@@ -400,7 +425,8 @@ def compare(server: Any, model: CausalModel, loras: int, tolerance: float) -> No
     if "error" in found:
         raise RunStopped(f"{NAME} does not answer: {found['error'].get('message')}")
     entry = found["choices"][0]["logprobs"]["content"][0]
-    expected = next_token(model, ids)
+    with in_float32(model):
+        expected = next_token(model, ids)
     gap = max(abs(float(expected[entry["id"]]) - entry["logprob"]), 0.0)
     gap = max(gap, float(expected.max() - expected[entry["id"]]))
     logger.info("%s: log probability of a token differs by %.1e from transformers", NAME, gap)

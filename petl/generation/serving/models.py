@@ -15,7 +15,7 @@ from petl.core.loading import load
 from petl.core.model.copies import share_weights
 from petl.core.parameters import max_positions
 from petl.core.registry import keeps_base, refusal
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import modifies_base_weights
 from petl.core.support import Capability
 from petl.core.types import CausalModel, Processor, Settings
 from petl.data.models.loading import load_processor

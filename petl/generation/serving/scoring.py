@@ -3,17 +3,17 @@
 import asyncio
 import base64
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.data.batch_sampler import chunks
@@ -23,16 +23,17 @@ from petl.data.tasks.retrieval import Retrieval
 from petl.data.tasks.retrieval.base_folder import MODULES, Folder
 from petl.data.tasks.retrieval.reranking import Reranking
 from petl.data.tasks.task_file import read_task
-from petl.errors import InputError, RunStopped
+from petl.errors import InputError, RunStopped, shown
 from petl.generation.inference.loading import find_model
 from petl.generation.prediction.predictor import Predictor
 from petl.generation.prediction.vectors import load_embedder, plain_predictor, vectors_of_tokens
 from petl.generation.serving.bodies import Paths
 from petl.generation.serving.engine import Busy
 from petl.generation.serving.gate import BODY_BYTES
+from petl.generation.serving.parts import PartedReply, written
 from petl.generation.serving.replies import ApiError, Json, served_as
 from petl.generation.serving.service import CLIENT_GONE, unless_gone
-from petl.generation.serving.wire import Strict, Text, Tokens
+from petl.generation.serving.wire import LONGEST, Strict, Text, Tokens
 
 # bounds of what one request may cost; assumptions
 MAX_TEXTS = 2048  # OpenAI's limit
@@ -41,10 +42,26 @@ MAX_NUMBERS = 2**22  # of all vectors in a reply
 # of a query at most, which is tokenized with each document
 CHARACTERS, MAX_CHARACTERS = 8, 64
 T = TypeVar("T")
-# the parts to compute, and what makes the body of the reply of their results
-Work = tuple[Sequence[Callable[[], T]], Callable[[list[T]], Json]]
+# the parts to compute, and what makes the text of the reply of their results
+Work = tuple[Sequence[Callable[[], T]], Callable[[list[T]], Iterator[str]]]
 SCORING = ("retrieval", "reranking")  # tasks of the runs that are served here
-# how many is checked later: of a union, the message would be that of another type
+
+
+def bounded(given: object, info: ValidationInfo) -> object:
+    """Return what a field was given, before each of its items is looked at.
+
+    Raises:
+        ApiError: a list of too many.
+    """
+    if isinstance(given, list):
+        # the tokens of one text are no list of texts
+        most = LONGEST if given and isinstance(given[0], int) else MAX_TEXTS
+        if len(given) > most:
+            message = f"{info.field_name} has {len(given):,} items; allowed are {most:,}"
+            raise ApiError(f"{message} in one request", param=info.field_name)
+    return given
+
+
 Texts = Annotated[list[Text], Field(fail_fast=True, min_length=1)]
 Rows = Annotated[list[Tokens], Field(fail_fast=True, min_length=1)]
 
@@ -53,7 +70,7 @@ class EmbeddingRequest(Strict):
     """The body of /v1/embeddings; `input_type` is beyond OpenAI's."""
 
     model: str
-    input: Text | Texts | Tokens | Rows
+    input: Annotated[Text | Texts | Tokens | Rows, BeforeValidator(bounded)]
     dimensions: Annotated[int, Field(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     input_type: Literal["query", "document"] | None = None
@@ -74,7 +91,15 @@ class TextDocument(Strict):
     text: Text
 
 
-Document = Text | TextDocument
+def document_of(given: object) -> object:
+    """Return a text as the object that has it."""
+    if not isinstance(given, str | dict):
+        raise ValueError("Input should be a text, or an object with the field text")
+    return {"text": given} if isinstance(given, str) else given
+
+
+# not a union: errors would name the class
+Document = Annotated[TextDocument, BeforeValidator(document_of)]
 
 
 class RerankRequest(Strict):
@@ -82,14 +107,16 @@ class RerankRequest(Strict):
 
     model: str
     query: Text
-    documents: Annotated[list[Document], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)]
+    documents: Annotated[
+        list[Document], Field(fail_fast=True, min_length=1), BeforeValidator(bounded)
+    ]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool | None = None
 
     @property
     def texts(self) -> list[str]:
         """The documents."""
-        return [each if isinstance(each, str) else each.text for each in self.documents]
+        return [each.text for each in self.documents]
 
 
 class ScoringEngine:
@@ -189,14 +216,11 @@ class ScoringService:
         task = predictor.task
         if not isinstance(task, Retrieval):
             raise ApiError(f"{body.model} is a reranker: ask it at /rerank", param="model")
-        if len(body.inputs) > MAX_TEXTS:
-            message = f"{len(body.inputs):,} inputs in one request; allowed are {MAX_TEXTS:,}"
-            raise ApiError(message, param="input")
         width = width_of(predictor)
         wanted = body.dimensions or width
         # before anything is computed
         if wanted > width:
-            message = f"dimensions={wanted} is more than the {width} numbers of a vector"
+            message = f"dimensions={shown(wanted)} is more than the {width} numbers of a vector"
             raise ApiError(message, param="dimensions")
         if len(body.inputs) * wanted > MAX_NUMBERS:
             message = f"{len(body.inputs)} vectors of {wanted} numbers; allowed are {MAX_NUMBERS:,}"
@@ -213,20 +237,21 @@ class ScoringService:
         parts = chunks(order, self.engine.max_batch)
         work = [partial(vectors_of_tokens, predictor, [rows[i] for i in part]) for part in parts]
 
-        def reply(found: list[np.ndarray]) -> Json:
-            vectors = np.concatenate(found)[np.argsort(order)]
+        def reply(found: list[np.ndarray]) -> Iterator[str]:
+            vectors = finite("input", np.concatenate(found)[np.argsort(order)])
             if wanted < vectors.shape[1]:  # as vectors of fewer numbers were trained
                 vectors = vectors[:, :wanted]
                 vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-            written = encoded if body.encoding_format == "base64" else np.ndarray.tolist
-            data = [
-                {"object": "embedding", "index": i, "embedding": written(vector)}
+            form = encoded if body.encoding_format == "base64" else np.ndarray.tolist
+            data = (
+                {"object": "embedding", "index": i, "embedding": form(vector)}
                 for i, vector in enumerate(vectors)
-            ]
+            )
             # of the texts as they are read, with prefixes and end tokens
             count = sum(map(len, rows))
             usage = {"prompt_tokens": count, "total_tokens": count}
-            return {"object": "list", "data": data, "model": body.model, "usage": usage}
+            rest: Json = {"object": "list", "model": body.model, "usage": usage}
+            return written(rest, "data", data)
 
         return work, reply
 
@@ -235,6 +260,8 @@ class ScoringService:
         predictor = served_as(body.model, self.served)
         if not isinstance(predictor.task, Reranking):
             raise ApiError(f"{body.model} is an embedder: ask it at /v1/embeddings", param="model")
+        if not body.query.strip():
+            raise ApiError(f"query={shown(body.query)}: give a text with words", param="query")
         return await self._answer(partial(self._scores, predictor, body), request)
 
     def _scores(self, predictor: Predictor, body: RerankRequest) -> Work[tuple[list[float], int]]:
@@ -251,29 +278,30 @@ class ScoringService:
         pairs = [[{"query": query, "document": once[i]} for i in part] for part in parts]
         work = [partial(scores_of, predictor, part) for part in pairs]
 
-        def reply(found: list[tuple[list[float], int]]) -> Json:
+        def reply(found: list[tuple[list[float], int]]) -> Iterator[str]:
             # in the order of the parts, which are by length
             flat = [score for scores, _ in found for score in scores]
             by_text = {once[i]: score for i, score in zip(order, flat, strict=True)}
-            scores = [by_text[each] for each in read]
+            scores = finite("documents", np.array([by_text[each] for each in read])).tolist()
             # the best first, and of equal ones the one that was given first
             ranked = sorted(range(len(read)), key=lambda i: (-scores[i], i))[: body.top_n]
-            results = [
+            results: Iterator[Json] = (
                 {
                     "index": i,
                     "relevance_score": task.shown_score(scores[i]),
                     **({"document": {"text": texts[i]}} if body.return_documents else {}),
                 }
                 for i in ranked
-            ]
+            )
             usage = {"total_tokens": sum(count for _, count in found)}
-            return {"model": body.model, "results": results, "usage": usage}
+            return written({"model": body.model, "usage": usage}, "results", results)
 
         return work, reply
 
     async def _answer(self, prepare: Callable[[], Work[T]], request: HttpRequest) -> Response:
         """The response with the results of the work that `prepare` makes."""
-        with self.engine.admitted():
+        with ExitStack() as place:
+            place.enter_context(self.engine.admitted())
             # in another thread: a long text would hold up all connections
             work, reply = await run_in_threadpool(prepare)
             results: list[T] = []
@@ -283,7 +311,9 @@ class ScoringService:
 
             if not await unless_gone(computed(), request):
                 return Response(status_code=CLIENT_GONE)
-            return await run_in_threadpool(lambda: JSONResponse(reply(results)))
+            texts = await run_in_threadpool(reply, results)
+            # the place is kept until the reply is read
+            return PartedReply(texts, place.pop_all())
 
 
 def readable(predictor: Predictor, text: str) -> str:
@@ -345,6 +375,23 @@ def scores_of(predictor: Predictor, rows: list[dict[str, str]]) -> tuple[list[fl
     return [float(value) for value in found], sum(len(row["input_ids"]) for row in encoded)
 
 
+def finite(param: str, results: np.ndarray) -> np.ndarray:
+    """Return results, of each input a number or a vector, if JSON and rankings can have them all.
+
+    Raises:
+        ApiError: one is not finite.
+    """
+    is_finite = np.isfinite(results).reshape(len(results), -1).all(axis=1)
+    if not is_finite.all():
+        raise ApiError(
+            f"the model's result for {param}.{is_finite.argmin()} is not finite: train it again, "
+            "or serve an earlier checkpoint",
+            500,
+            param=param,
+        )
+    return results
+
+
 def encoded(vector: np.ndarray) -> str:
     """A vector as base64 of float32, the least significant byte first."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
@@ -389,5 +436,4 @@ def load_scorer(path: str, **options: bool) -> Predictor:
     if isinstance(found, SavedAdapter) or not Folder(read_source(found)).is_cross_encoder:
         return load_embedder(path, **options)
     loss = "binary" if Folder(read_source(found)).has_probabilities else "mse"
-    task = Reranking(loss=loss)
-    return plain_predictor(found, task)
+    return plain_predictor(found, Reranking(loss=loss))

@@ -35,13 +35,13 @@ MAX_CHOICES = 64  # in one request, over all of its prompts
 TOP_LOGPROBS = 20  # OpenAI's limit
 MAX_ENTRIES = 2**20  # of logprobs in one reply
 
-# at most 2**20 characters or tokens, which is a quarter of gate.BODY_BYTES
-Text = Annotated[str, StringConstraints(max_length=2**20)]
+LONGEST = 2**20  # characters or tokens, which is a quarter of gate.BODY_BYTES
+Text = Annotated[str, StringConstraints(max_length=LONGEST)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Stops = Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 # fail_fast: a list of a million wrong items is one error, not a million
-Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1, max_length=2**20)]
+Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1, max_length=LONGEST)]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Name = Annotated[str, StringConstraints(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 Schema = Annotated[dict[str, object], AfterValidator(bounded_schema)]
@@ -199,7 +199,7 @@ class Common(Strict):
     """Fields of both kinds of completions; None: as if absent."""
 
     model: Annotated[str, StringConstraints(max_length=1000)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Ratio | None = None
     # the next two are vLLM's, OpenAI's API has neither
@@ -293,7 +293,7 @@ class ChatRequest(Common):
     messages: Annotated[
         list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     ]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     tools: (

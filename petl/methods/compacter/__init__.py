@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from petl.core.adapter_widths.components import Components, Ordered
 from petl.core.layers.layer import LayerInfo, LayerShape
 from petl.core.method import Method, Settings, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap
 from petl.core.register import register
+from petl.core.spec.components import Components, Ordered
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability
 from petl.core.types import Fields

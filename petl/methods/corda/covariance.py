@@ -24,8 +24,6 @@ from petl.system import collectives as distributed
 
 logger = logging.getLogger(__name__)
 
-NAMED_MASKS = ("attention_mask", "decoder_attention_mask")
-
 
 class Covariance:
     """A running mean over samples of X^T X.

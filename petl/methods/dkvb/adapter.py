@@ -100,5 +100,5 @@ class DkvbAdapter(Adapter):
         return out.to(y.dtype)
 
     def with_base(self, x: Tensor, base: nn.Module, *args: object, **kwargs: object) -> Tensor:
-        """Return the logits [..., O]; the head itself is not computed."""
-        return self.logits(x).to(x.dtype)
+        """Return the logits [..., O], in float32; the head itself is not computed."""
+        return self.logits(x)

@@ -26,7 +26,7 @@ from petl.methods.dsee.entries import (
 )
 from petl.methods.families.masks import check_mask
 from petl.methods.families.rewriting import RewritingAdapter
-from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
+from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, cast_for_product, is_frozen_linear
 from petl.ops.masks import all_kept, count_kept
 from petl.system.files.tensor_file import check_index
 
@@ -175,7 +175,7 @@ class DseeAdapter(RewritingAdapter):
         if x.dtype != stored.dtype and not torch.is_autocast_enabled(x.device.type):
             return self._called(x, base)  # the layer raises
         weight = stored.t() if isinstance(base, Conv1D) else stored
-        x = x.to(product_dtype(x))
+        x = cast_for_product(x)
         frozen = Frozen(weight, bias)
         if self.pruned:
             frozen = Frozen(weight, bias, self.mask, self._kept_product(weight, x.dtype))

@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 
 from petl.core.layers.grouped import GroupedNetworks, InputHook
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.layers.mixed_batch import BatchedAdapter, stacked
 from petl.core.method import C, Target, TrainContext, WrapContext, linear_target
 from petl.core.model.calls import calls_of
 from petl.core.model.heat_map import HeatMap, of_layers
@@ -38,7 +39,6 @@ from petl.core.model.structure import (
     norm_names,
 )
 from petl.core.model.targets import matched_names, resolve_targets
-from petl.core.serving.mixed_batch import BatchedAdapter, stacked
 from petl.core.spec.checks import check_rank, rank_of
 from petl.core.spec.config import MethodConfig, config_field, require
 from petl.errors import InputError, UnknownNameError, did_you_mean

@@ -6,8 +6,7 @@ petl.losses.attach(model, loss)         # before the first call of `petl.lifecyc
 petl.lifecycle(model).report(batches)   # metrics on validation batches, before and after training
 """
 
-from petl.core.losses import read
+from petl.core.losses import Loss, LossConfig, build_loss, list_losses, loss, read
 from petl.core.registry import attach
-from petl.core.spec.method import Loss, LossConfig, build_loss, list_losses, loss
 
 __all__ = ["Loss", "LossConfig", "attach", "build_loss", "list_losses", "loss", "read"]

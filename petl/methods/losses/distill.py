@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from petl.core.compat import AuxiliaryTrainingWrapper
 from petl.core.layers.class_swap import original_class
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
-from petl.core.losses import extra_losses, loss_list
+from petl.core.losses import LossConfig, extra_losses, loss_list, register_loss
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.modes import (
     checkpoints_reentrantly,
@@ -47,7 +47,6 @@ from petl.core.model.modes import (
 from petl.core.model.structure import blocks
 from petl.core.registry import METHODS
 from petl.core.spec.config import config_field, require
-from petl.core.spec.method import LossConfig, register_loss
 from petl.core.support import Capability
 from petl.core.types import Arguments, Batch
 from petl.efficiency.segment_loss import SegmentLoss

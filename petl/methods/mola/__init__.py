@@ -3,7 +3,7 @@
 Gao et al. 2025, "MoLA: MoE LoRA with Layer-wise Expert Allocation", Findings of NAACL
 (arXiv:2402.08562). Routers of the layers are linear by default; others, in files of their own:
 
-    recurrent.py    RMoE: a GRU carries the routers' state from layer to layer
+    routing.py      RMoE: a GRU carries the routers' state from layer to layer
     pregate.py      Read-ME: one small model over token ids routes for all layers
     routes.py       hooks that run it before the first layer, and its cache
     tokens.py       its inputs, from the arguments of the model
@@ -31,15 +31,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petl.core.adapter_widths.components import Components
 from petl.core.layers.context import add_gradient, is_encoder_decoder
 from petl.core.layers.layer import Adapter, LayerInfo, LayerShape
+from petl.core.layers.mixed_batch import BatchedAdapter
 from petl.core.method import Method, NewAdapters, Settings, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, layers_of, means, of_layers
 from petl.core.model.places import Place
 from petl.core.model.structure import place_in
 from petl.core.register import register
-from petl.core.serving.mixed_batch import BatchedAdapter
+from petl.core.spec.components import Components
 from petl.core.spec.config import MethodConfig, blocks_field, config_field, require
 from petl.core.support import Capability
 from petl.errors import InputError
@@ -59,9 +59,9 @@ from petl.methods.mola.routing import (
 )
 from petl.ops.low_rank import (
     add_up,
+    cast_for_product,
     frozen_weight_and_bias,
     low_rank_linear,
-    product_dtype,
     project_down,
 )
 
@@ -245,7 +245,7 @@ class MolaAdapter(Adapter):
             return self(x, base(x, *args, **kwargs))
         gate_TE, x, balance = self.gates(x)
         y = low_rank_linear(
-            x.to(product_dtype(x)),
+            cast_for_product(x),
             frozen,
             self.lora_A,
             self.lora_B,

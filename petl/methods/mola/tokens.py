@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from petl.core.masks import as_2d, positions_in
+from petl.core.masks import CACHES, as_2d, positions_in
 from petl.errors import InputError, UnsupportedError
-
-CACHES = ("cache", "past_key_values", "cache_params")  # arguments that hold a cache
 
 
 @dataclass

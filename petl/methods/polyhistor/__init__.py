@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petl.core.layers.layer import LayerInfo, LayerShape
+from petl.core.layers.mixed_batch import PreparedBatch
 from petl.core.layers.task_rows import TaskGroups, TaskRows
 from petl.core.method import Method, Target, TrainContext, WrapContext
 from petl.core.model.heat_map import HeatMap, layers_of, role_of
 from petl.core.register import register
-from petl.core.serving.mixed_batch import PreparedBatch
 from petl.core.spec.checks import check_rank
 from petl.core.spec.config import config_field, require
 from petl.core.support import Capability

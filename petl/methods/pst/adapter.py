@@ -28,7 +28,7 @@ from petl.methods.pst.pruned import (
     pruned_linear,
     pruning_scores,
 )
-from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, is_frozen_linear, product_dtype
+from petl.ops.low_rank import WEIGHT_TYPES, call_with_weight, cast_for_product, is_frozen_linear
 from petl.ops.masks import all_kept, count_kept, keep_largest, pack_mask
 
 ALONE = (
@@ -251,7 +251,7 @@ class PstAdapter(RewritingAdapter):
         weight = stored.t() if isinstance(base, Conv1D) else stored
         if args or kwargs or not is_frozen_linear(base, WEIGHT_TYPES):
             return self._called(base, weight, x, *args, **kwargs)
-        x = x.to(product_dtype(x))
+        x = cast_for_product(x)
         bias = cast(Tensor | None, base.bias)
         if torch.compiler.is_compiling():
             return compiled_linear(x, weight, bias, list(self.factors_of_pruning), self.number)[0]

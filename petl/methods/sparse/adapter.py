@@ -18,7 +18,7 @@ from petl.methods.families.masks import register_adapter
 from petl.methods.sparse.compiled import compiled_linear
 from petl.methods.sparse.config import SparseConfig
 from petl.methods.sparse.schedule import accumulates
-from petl.ops.low_rank import is_frozen_linear, product_dtype
+from petl.ops.low_rank import cast_for_product, is_frozen_linear
 from petl.ops.positions import generator_of, random_positions, regrow
 from petl.ops.sparse import (
     Support,
@@ -169,7 +169,7 @@ class SparseAdapter(Adapter):
         if args or kwargs or not is_frozen_linear(base):
             return super().with_base(x, base, *args, **kwargs)
         self._count_call()
-        x = x.to(product_dtype(x))
+        x = cast_for_product(x)
         weight, bias = cast(Tensor, base.weight), cast(Tensor | None, base.bias)
         if torch.compiler.is_compiling():
             return compiled_linear(x, self.values, weight, bias, self.number)

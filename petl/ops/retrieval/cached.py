@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from petl.system.random_states import restore, states
+
 Column = Mapping[str, Tensor]
-RandomState = tuple[Tensor, Tensor | None]  # of the CPU, and of the device if it is another
 
 
 def cached_step(
@@ -31,27 +32,27 @@ def cached_step(
     """
     slices = [sliced(column, rows) for column in columns]
     device = next(iter(columns[0].values())).device
-    states, columns_of_vectors = [], []
+    before, columns_of_vectors = [], []
     with torch.no_grad():
         for parts in slices:
             found = []
             for part in parts:
-                states.append(random_state(device))
+                before.append(states(device))
                 found.append(encode(part))
             columns_of_vectors.append(torch.cat(found).requires_grad_())
     value = loss(*columns_of_vectors)
-    after = random_state(device)
+    after = states(device)
     gradients = torch.autograd.grad(value, columns_of_vectors, allow_unused=True)
-    replay = iter(states)
+    replay = iter(before)
     for parts, gradient in zip(slices, gradients, strict=True):
         for number, part in enumerate(parts):
             state = next(replay)
             if gradient is None:  # the loss does not use this column
                 continue
-            set_random_state(state, device)
+            restore(state, device)
             own = gradient[number * rows : (number + 1) * rows]
             (encode(part) * own).sum().backward()
-    set_random_state(after, device)
+    restore(after, device)
     return value.item()
 
 
@@ -62,17 +63,3 @@ def sliced(column: Column, rows: int) -> list[Column]:
         {name: tensor[start : start + rows] for name, tensor in column.items()}
         for start in range(0, count, rows)
     ]
-
-
-def random_state(device: torch.device) -> RandomState:
-    """The state of the generators that a forward pass on this device draws from."""
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), own
-
-
-def set_random_state(state: RandomState, device: torch.device) -> None:
-    """Set what `random_state` returned."""
-    cpu, own = state
-    torch.set_rng_state(cpu)
-    if own is not None:
-        torch.get_device_module(device).set_rng_state(own, device)

@@ -95,4 +95,18 @@ class LazyTable(MutableMapping[str, T]):
 
 
 METHODS: LazyTable[Any] = LazyTable("methods")  # of `petl.core.method.Method`
-LOSSES: LazyTable[Any] = LazyTable("losses")  # of `petl.core.spec.method.Loss`
+LOSSES: LazyTable[Any] = LazyTable("losses")  # of `petl.core.losses.Loss`
+
+
+def check_free(name: str, newcomer: type) -> None:
+    """Raise ValueError if a method or loss has this name."""
+    taken = METHODS.get(name) or LOSSES.get(name)  # `wrap` and `petl show` accept either
+    if taken is not None:
+        raise ValueError(
+            f"name {name!r} is taken by {_full_name(taken.config_cls)}; choose another name "
+            f"for {_full_name(newcomer)}"
+        )
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -59,20 +59,30 @@ def automatic(source: ModelSource) -> str:
             f"{ASKED}={asked}, as accelerate launch --mixed_precision sets it: allowed are "
             f"{' and '.join(CHOICES)}; or set train.precision of the run"
         )
-    share = None if asked else _share(source)
+    share = _share(source)
     return asked or ("bf16" if share is not None and share <= PAYS else "no")
+
+
+def width_to_try(source: ModelSource) -> int | None:
+    """Return the width of a model for which a trial decides what auto is; None if none does.
+
+    Raises:
+        InputError: the model is not available.
+    """
+    if ASKED in os.environ or not bf16_units(device_of_run()):
+        return None
+    with resolve_name("petl.data.models.loading:loading")(source):
+        width = getattr(source.config().get_text_config(), "hidden_size", None)
+    return width if isinstance(width, int) and width >= NARROW else None
 
 
 def _share(source: ModelSource) -> float | None:
     """Return the time of bfloat16 for a model, float32's as unit; None where it is not tried."""
-    device = device_of_run()
-    if not bf16_units(device):
+    width = width_to_try(source)
+    if width is None:
         return None
-    with resolve_name("petl.data.models.loading:loading")(source):
-        width = getattr(source.config().get_text_config(), "hidden_size", None)
-    if not isinstance(width, int) or width < NARROW:
-        return None
-    return resolve_name("petl.training.distributed.trial:share_of_float32")(width, device)
+    measure = resolve_name("petl.training.distributed.trial:share_of_float32")
+    return measure(width, device_of_run())
 
 
 def described(precision: str, source: ModelSource) -> str:

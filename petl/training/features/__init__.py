@@ -1,9 +1,11 @@
 """What a run does besides training: a `RunFeature` each, imported when a run has it.
 
 `FEATURES` has the class of each by the setting that asks for it, with any value but null or false,
-or with the one value that stands behind it.
-A method brings features of its own (`petl.core.spec.method.Method.features`), which come first. A
-package adds an entry in a module of `imports`. A feature with `Settings` has a group of settings
+or with the one value that stands behind it. One under `scores` is asked for by an entry of
+scores.json, and has a section alone.
+A method and an extra loss bring features of their own (`petl.core.method.Method.features`,
+`petl.core.losses.Loss.features`), which come first. A package adds an entry in a module of
+`imports`. A feature with `Settings` has a group of settings
 with its name, such as `ranks`, or with that of the setting that asks for it, such as `retain.data`.
 A run asks its features in this order, for each of their hooks.
 """
@@ -20,10 +22,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from petl.core.registry import METHODS
 from petl.core.support import Capability, Lacks, Part
 from petl.core.types import Batch, Fields, Groups, Record
 from petl.errors import InputError
+from petl.system.imports.tables import LOSSES, METHODS
 from petl.system.values import check_rules, read_fields
 from petl.training.distributed.launch import on_device
 from petl.training.features.section import Section
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from petl.training.runs.config import RunConfig
     from petl.training.runs.run_folder import Run
 
+SCORES = "scores"  # what the entries of scores.json are, in FEATURES
 FEATURES = {
     "task": "petl.training.features.objective:LearnFromPreferences",
     "data.source": "petl.training.features.before:TrainingRowsInTest",
@@ -55,8 +58,7 @@ FEATURES = {
     "train.linear_probe": "petl.training.linear_probe:LinearProbe",
     "train.score_before": "petl.training.features.before:ScoreBefore",
     "train.find_lr": "petl.training.lr_finder:LrFinder",
-    "model.name": "petl.training.features.strengths:StrengthSection",
-    "loss.name=nested": "petl.methods.losses.nested.run:WidthScores",
+    "scores.strengths": "petl.training.features.strengths:StrengthSection",
     "retain": "petl.training.retain.run:Retaining",
 }
 
@@ -186,7 +188,7 @@ class RunFeature:
         uses, lacks: its capability and its rows in the table of petl/core/support.py.
         setting: the name of the setting that asks for it.
         settings: the value of its setting: of `Settings`, or as YAML has it; None if a method
-            brings it.
+            or loss brings it.
         groups: all settings of the run.
     """
 
@@ -275,17 +277,18 @@ def orders_of(features: Sequence[RunFeature]) -> list[Callable[["TrainingRows"],
 
 def sections_of(folder: Path, settings: Groups, scores: Record) -> list[Section]:
     """Return the parts of a run's page that its features have, from the files of its folder."""
-    sections = (kind.section(folder, scores) for kind, _, _ in _wanted(settings))
+    sections = (kind.section(folder, scores) for kind, *_ in _wanted({**settings, SCORES: scores}))
     return [section for section in sections if section is not None]
 
 
 def _wanted(settings: Groups) -> Iterator[tuple[type[RunFeature], str, Any]]:
     """Yield class, setting and its value of each feature of a run."""
-    method = settings.get("method") or {}
-    # a saved run may be of a package that is not installed
-    entry = METHODS.get(str(method.get("name")))
-    for place in entry.features if entry else ():
-        yield resolve_name(place), "method", None
+    for group, table in (("method", METHODS), ("loss", LOSSES)):
+        chosen = settings.get(group)
+        # a saved run may be of a package that is not installed
+        entry = table.get(str(chosen["name"])) if isinstance(chosen, Mapping) else None
+        for place in entry.features if entry else ():
+            yield resolve_name(place), group, None
     for asked, place in FEATURES.items():
         name, _, only = asked.partition("=")
         group, _, key = name.partition(".")

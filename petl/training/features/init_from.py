@@ -21,8 +21,7 @@ from petl.core.compat import SEQ_CLS_HEAD_NAMES
 from petl.core.fingerprint import check_base, known_fingerprint
 from petl.core.loading import check_file, check_header
 from petl.core.registry import method_of
-from petl.core.spec.facts import facts_of
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import facts_of, modifies_base_weights
 from petl.core.support import Capability
 from petl.core.types import Arguments, Fields, Groups, Settings, base_of
 from petl.data.models.loading import new_modules

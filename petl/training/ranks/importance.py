@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from petl.core.layers.context import ForwardContext, is_encoder_decoder
 from petl.core.masks import without_padding
 from petl.core.model.linear import LINEAR_KINDS
-from petl.core.model.modes import calibration_pass, forward
+from petl.core.model.modes import calibration_pass, checked_batches, forward
 from petl.core.model.places import is_stack
 from petl.core.parameters import check_module
 from petl.errors import InputError, choose
@@ -85,7 +85,7 @@ def block_importance(
     decoder = base.get_decoder() if is_encoder_decoder(base) else nn.Module()  # ty: ignore
     recorder = BlockSums(blocks, compare, set(decoder.modules()))
     with calibration_pass(model, recorder.attach()):
-        for batch in batches:
+        for batch in checked_batches(batches):
             recorder.masks.read_masks(base, batch)
             forward(model, batch)
             recorder.end_batch()

@@ -97,14 +97,11 @@ def halves(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     return sides
 
 
-def texts_for(
-    names: Sequence[str], setting: str, task: "Task", settings: Mapping[str, object]
-) -> list[str]:
+def texts_for(names: Sequence[str], task: "Task", settings: Mapping[str, object]) -> list[str]:
     """Return the texts that a finished run is measured on: none that it has trained on or replayed.
 
     Args:
-        names: as the value of `read_texts`.
-        setting: that names them, for messages.
+        names: of --retain, as the value of `read_texts`.
         settings: of the run; {} if the adapter is of no run.
 
     Raises:
@@ -113,9 +110,9 @@ def texts_for(
     """
     if not task.reads_text:
         raise UnsupportedError(
-            f"{setting} measures texts, and a model for {task.name} reads none of them"
+            f"--retain measures texts, and a model for {task.name} reads none of them"
         )
-    texts = read_texts([*names], setting)
+    texts = read_texts([*names], "--retain")
     known = known_inputs(settings)
     kept = [text for text in texts if not any(text in each for each in known)]
     if len(kept) < len(texts):
@@ -123,7 +120,7 @@ def texts_for(
         logger.info("%d retained texts were trained on or replayed, and are left out", count)
     if not kept:
         raise InputError(
-            f"{setting}: all {len(texts)} texts were trained on or replayed: give others"
+            f"--retain: all {len(texts)} texts were trained on or replayed: give others"
         )
     return kept
 

@@ -103,6 +103,22 @@ inputs = processor.apply_chat_template(
 )
 output = model.generate(**inputs, max_new_tokens={new_tokens})
 print(processor.decode(output[{answer}], skip_special_tokens=True))""",
+    "image_question": """\
+image = Image.new("RGB", (64, 64))  # or Image.open(FILE).convert("RGB")
+question = "Replace this by your own question."
+if processor.chat_template is None:  # it puts the image before one question
+    inputs = processor(text=question, images=image, return_tensors="pt")
+else:
+    content = [{{"type": "image", "image": image}}, {{"type": "text", "text": question}}]
+    inputs = processor.apply_chat_template(
+        [{{"role": "user", "content": content}}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+output = model.generate(**inputs, max_new_tokens={new_tokens})
+print(processor.decode(output[{answer}], skip_special_tokens=True))""",
     "audio_classification": f"""\
 rate = processor.sampling_rate  # samples per second that the model was trained on
 sound = np.zeros({{seconds}} * rate, np.float32)  # mono
@@ -229,12 +245,14 @@ class Usage:
     def prediction(self) -> str:
         """The statements that make a prediction."""
         task = self.task
-        name = task.used_as
+        # a decoder of its own gives the answer alone
+        is_apart = task.peft_task_type == "SEQ_2_SEQ_LM"
+        name = "image_question" if is_apart and task.used_as == "image_text" else task.used_as
         # of several sets, the code is for the first
         limit = getattr(task, "limits", [getattr(task, "max_length", None)])[0]
         is_pair = self.pair or (bool(task.tasks) and task.tasks[0] in getattr(task, "pairs", ()))
         texts = [TEXT, *(['"The second text."'] if is_pair else [])]
-        prefix = getattr(task, "prefix", getattr(task, "document_prefix", ""))
+        prefix = task.prefix or getattr(task, "document_prefix", "")
         if prefix:  # of seq2seq and of retrieval
             texts = [f"{literal(prefix)} + {TEXT}"]
         options = ["truncation=True", f"max_length={limit}"]
@@ -244,11 +262,11 @@ class Usage:
         code = PREDICT[name].format(
             encode=encode.removeprefix("inputs = "),
             max_length=limit,
-            threshold=getattr(task, "threshold", None) or 0.5,
+            threshold=task.threshold or 0.5,
             vector=vector_of(task) if name == "retrieval" else "",
             seconds=round(getattr(task, "max_seconds", 1)) or 1,
             new_tokens=task.generate or getattr(task, "max_target_length", 64),
-            answer="0" if name == "seq2seq" else '0, inputs["input_ids"].shape[1] :',
+            answer="0" if is_apart else '0, inputs["input_ids"].shape[1] :',
         )
         return self._of_a_task(code) if task.tasks else code
 

@@ -14,7 +14,6 @@ the size and SHA-256 of every file. Reading one executes nothing.
 
 import json
 import logging
-import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ from petl.system.files.disk import (
 )
 from petl.system.files.paths import why_impossible
 from petl.system.files.read import parse_json, read_json
+from petl.system.random_states import RandomStates, restore, states
 from petl.system.values import type_problem
 from petl.training.runs.records import METRICS, read_log
 from petl.training.runs.settings import TrainConfig
@@ -446,14 +446,14 @@ def restore_optimizer(checkpoint: Path, optimizer: Optimizer, model: PeftModel) 
 
 
 def rng_state(device: torch.device) -> RngState:
-    """Return the state of every generator that this process draws from."""
-    tensors = {"cpu": torch.get_rng_state()}
+    """Return the state of every generator that this process draws from, as a checkpoint has it."""
+    current = states(device)
+    tensors = {"cpu": current.cpu}
     if device.type != "cpu":
-        tensors["device"] = torch.get_device_module(device).get_rng_state(device)
-    numpy_state: Any = np.random.get_state()
-    kind, keys, *others = numpy_state
+        tensors["device"] = current.device
+    kind, keys, *others = current.numpy
     return tensors, {
-        "python": json.dumps(random.getstate()),
+        "python": json.dumps(current.python),
         "numpy": json.dumps([kind, keys.tolist(), *others]),
     }
 
@@ -464,30 +464,28 @@ def restore_rng(checkpoint: Path, rank: int, device: torch.device) -> None:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            set_rng((tensors, opened.metadata()), device)
+            _set_rng((tensors, opened.metadata()), device)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{file} holds no random states: {first_line(error)}") from error
 
 
-def set_rng(state: RngState, device: torch.device) -> None:
+def _set_rng(state: RngState, device: torch.device) -> None:
     """Set every generator to a state from `rng_state`."""
     tensors, others = state
-    torch.set_rng_state(tensors["cpu"])
-    on_cpu = device.type == "cpu"
-    if on_cpu == ("device" in tensors):
+    if (device.type == "cpu") == ("device" in tensors):
         logger.warning(
             "the random states were saved on another type of device: on %s dropout draws other "
             "masks, so losses differ from those of an uninterrupted run",
             device,
         )
-    elif not on_cpu:
-        torch.get_device_module(device).set_rng_state(tensors["device"], device)
+        device = torch.device("cpu")  # those of the device stay as they are
+    own = tensors["cpu" if device.type == "cpu" else "device"]
     # gauss: a second normal number that random.gauss keeps for its next call
     version, keys, gauss = parse_json(others["python"])
-    random.setstate((version, tuple(keys), gauss))
-    # others: position in the keys, and numpy's kept normal number
-    kind, keys, *values = parse_json(others["numpy"])
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *values))
+    # values: position in the keys, and numpy's kept normal number
+    kind, words, *values = parse_json(others["numpy"])
+    of_numpy = kind, np.array(words, dtype=np.uint32), *values
+    restore(RandomStates(tensors["cpu"], own, of_numpy, (version, tuple(keys), gauss)), device)
 
 
 def room_for(model: PeftModel, settings: TrainConfig) -> int:

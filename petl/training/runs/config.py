@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from petl.core.losses import LossConfig
 from petl.core.registry import build_config, method
-from petl.core.spec.method import LossConfig
 from petl.core.types import Fields, Groups, Settings
 from petl.errors import InputError
 from petl.system.settings.command_line import preset_of
@@ -72,7 +72,7 @@ def names_of(config: Settings) -> list[str]:
     """Return the parts of a run's name: recipe or method, ranks, extra loss, model, data."""
     named = {group: config[group]["name"] for group in NAMED if config.get(group)}
     folder = config.get("model", {}).get("path")
-    if folder and named["model"] == "path":
+    if isinstance(folder, str) and named["model"] == "path":
         named["model"] = Path(folder).name
     if config.get("recipe"):
         named["method"] = config["recipe"]

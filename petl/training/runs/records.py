@@ -61,7 +61,10 @@ def read_stored(file: Path) -> "Record":
     Raises:
         InputError: it cannot be read, or lacks the settings of `Config`.
     """
-    return read_yaml(file, Config)
+    stored = read_yaml(file, Config)
+    # runs from before the setting were in float32, also where auto is something else
+    stored["train"].setdefault("precision", "no")
+    return stored
 
 
 def refuse_interpolations(settings: "Settings", file: Path) -> None:

@@ -5,8 +5,7 @@ from dataclasses import asdict
 from petl.core.lifecycle import lifecycle
 from petl.core.model.coverage import coverage_of
 from petl.core.parameters import adapter_parameters
-from petl.core.spec.facts import facts_of
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import facts_of, modifies_base_weights
 from petl.core.types import Record, base_of
 from petl.data.models.loading import save_processor
 from petl.data.models.sources import RandomInit
@@ -20,10 +19,8 @@ from petl.training.runs.checkpoint import TrainState, save_adapter
 from petl.training.runs.config import names_of
 from petl.training.runs.environment import peak_memory
 from petl.training.runs.model_card import README, CardInfo, known_base, model_card
-from petl.training.runs.prediction_tables import tables_of
 from petl.training.runs.records import ADAPTER
 from petl.training.runs.run_folder import START
-from petl.training.tracking.base import named
 
 
 def save(context: Context) -> None:
@@ -96,10 +93,11 @@ def finish(context: Context, state: TrainState, after: dict[str, float] | None) 
     run.scores.add({**entries, **peak_memory(run.accelerator.device)})
     run.end()
     if run.tracker:
-        pictures = sorted(run.path.glob("*.png"))
+        from petl.training.tracking.tables import send_results  # most runs have none
+
         # under the name that other trainers have as well
-        scores = named({**run.scores, "test": after, "objective": run.scores.objective})
-        run.tracker.end(scores, pictures, run.path / ADAPTER, tables_of(run.path))
+        scores = {**run.scores, "test": after, "objective": run.scores.objective}
+        send_results(run.tracker, run.path, scores)
 
 
 def _write_card(context: Context, entries: Record) -> None:

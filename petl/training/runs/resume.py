@@ -3,8 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from petl.core.adapter_folder import Folder
@@ -60,6 +59,7 @@ CHANGES_TRAINING = (("retain.mix", 0), ("retain.limit", None))
 LENGTH = {"train.steps", "train.epochs", "train.early_stopping"}
 PRECISION = "train.precision"
 NOT_RESUMABLE = "the method changes while it trains, and PEFT keeps these changes in memory only"
+MOST_SHOWN = 3  # differences of settings, in a message
 JOBS = ".jobs"  # in a folder of runs: locks of the jobs of sweeps
 Identity = Mapping[str, object]  # settings by dotted name
 logger = logging.getLogger(__name__)
@@ -124,7 +124,17 @@ def differences(then: Identity, now: Identity) -> list[str]:
     changed = _changed(then, now)
     keys = [key for key in dict.fromkeys((*now, *then)) if key in changed]
     keys.sort(key=lambda key: not key.endswith(".name"))  # another method or model first
-    return [f"{k}={then.get(k)!r} there, {now.get(k)!r} here" for k in keys]
+    return [f"{k}={_shown(then.get(k))} there, {_shown(now.get(k))} here" for k in keys]
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str) else json.dumps(value)
+
+
+def summary(others: Sequence[str]) -> str:
+    """Return what `differences` found for a message: the first, and how many more there are."""
+    more = f", and {len(others) - MOST_SHOWN} more" if len(others) > MOST_SHOWN else ""
+    return f"{', '.join(others[:MOST_SHOWN])}{more}"
 
 
 # The checkpoint
@@ -237,8 +247,8 @@ def find_checkpoint(settings: TrainConfig, now: Identity) -> Path | None:
     others = differences(stored, now)
     if others and not lengthens(stored, now):
         raise InputError(
-            f"{found} is of another run: {', '.join(others[:3])}"
-            f"{', ...' if len(others) > 3 else ''}; use its settings, or leave out train.resume"
+            f"{found} is of another run: {summary(others)}; use its settings, or leave out "
+            "train.resume"
         )
     say_damage(run)
     logger.info("resuming from %s", found)
@@ -264,21 +274,25 @@ def latest(settings: TrainConfig, now: Identity) -> Path | None:
     if settings.run:
         run = Path(settings.run)
         skip_finished(run if finished_with(run, now) else None)
-    for folder in _folders(settings):
-        try:
-            if not is_unfinished(folder, now, is_named=settings.run is not None):
-                continue
-            claim(folder)
-        except InputError as error:
-            if settings.run:
-                raise
-            logger.warning("skipping %s: %s", folder, error)
-            continue
+
+    def claimed(folder: Path) -> Path | None:
+        if not is_unfinished(folder, now, is_named=settings.run is not None):
+            return None
+        claim(folder)
         found = latest_of(folder, is_named=settings.run is not None)
-        if found is not None:
-            logger.info("resuming from %s", found)
-            return found
-        release(folder)  # a run without checkpoint is left as it is
+        if found is None:
+            release(folder)  # a run without checkpoint is left as it is
+        return found
+
+    def skip(folder: Path, error: InputError) -> None:
+        if settings.run:
+            raise error
+        logger.warning("skipping %s: %s", folder, error)
+
+    found = _first(settings, claimed, skip)
+    if found is not None:
+        logger.info("resuming from %s", found)
+        return found
     if not settings.run:
         skip_finished(finished_run(settings.output, now, with_adapter=True))
     logger.info(
@@ -288,13 +302,23 @@ def latest(settings: TrainConfig, now: Identity) -> Path | None:
     return None
 
 
-def _folders(settings: TrainConfig) -> list[Path]:
-    """The folders in which `train.resume=auto` looks for a run, in this order."""
-    if settings.run:
-        return [Path(settings.run)]
+def _first(
+    settings: TrainConfig,
+    look: Callable[[Path], Path | None],
+    failed: Callable[[Path, InputError], None],
+) -> Path | None:
+    """The first checkpoint that `look` finds in the folders of `train.resume=auto`, or None."""
     # whatever they are called; of alike names, which end with the time, the latest comes first
-    found_runs = Path(settings.output).glob(f"*/{CONFIG}")
-    return sorted((file.parent for file in found_runs), reverse=True)
+    found_runs = sorted(Path(settings.output).glob(f"*/{CONFIG}"), reverse=True)
+    for folder in [Path(settings.run)] if settings.run else [file.parent for file in found_runs]:
+        try:
+            found = look(folder)
+        except InputError as error:
+            failed(folder, error)
+        else:
+            if found is not None:
+                return found
+    return None
 
 
 def begun_precision(settings: TrainConfig, now: Identity) -> str | None:
@@ -304,12 +328,12 @@ def begun_precision(settings: TrainConfig, now: Identity) -> str | None:
     """
     if now.get(PRECISION) != AUTO or settings.resume != AUTO:
         return None
-    for folder in _folders(settings):
-        with suppress(InputError):  # of which the run will say so
-            found = latest_complete(folder) if is_same(identity_of(folder), now) else None
-            if found is not None:
-                return str(read_state(found)["identity"].get(PRECISION, "no"))
-    return None
+
+    def same(folder: Path) -> Path | None:
+        return latest_complete(folder) if is_same(identity_of(folder), now) else None
+
+    found = _first(settings, same, lambda *_: None)  # the run will say what is damaged
+    return None if found is None else str(read_state(found)["identity"].get(PRECISION, "no"))
 
 
 def is_unfinished(run: Path, now: Identity, *, is_named: bool = False) -> bool:

@@ -10,23 +10,23 @@ from dataclasses import replace
 
 from omegaconf import DictConfig
 
+from petl.core.losses import loss_part
 from petl.core.losses import read as read_loss
 from petl.core.method import Method
 from petl.core.registry import build_config, is_computed, method, method_part
-from petl.core.spec.method import loss_part
 from petl.core.support import BASES, Capability, Conflict, Part, require_compatible
 from petl.core.types import Fields, Record, Settings
 from petl.data.base import data_source, source_class
 from petl.data.models.sources import PACKAGES, read_source
 from petl.errors import InputError, UnknownNameError, UnsupportedError, did_you_mean
 from petl.system.imports.peft_hook import import_modules
+from petl.system.imports.tables import METHODS
 from petl.system.settings.schema import plain
 from petl.system.values import LARGEST
 from petl.training.distributed.launch import read_launch
-from petl.training.features import FEATURES, Groups, features_of
+from petl.training.features import FEATURES, SCORES, Groups, features_of
 from petl.training.runs.config import GROUPS, RunConfig, method_fields, with_inner
 from petl.training.runs.settings import TrainConfig, read_train, require_method
-from petl.training.tracking import read_tracker
 
 # added with a plus, by a recipe of configs/method, or absent from old runs
 OPTIONAL = ("loss", "launch", "recipe", "imports")
@@ -65,9 +65,11 @@ def completed(settings: Groups) -> RunConfig:
         InputError: as `read_config`.
     """
     loss = read_loss(settings["loss"]) if settings.get("loss") is not None else None
-    # the default needs no check and no tracker
-    has_tracker = settings["tracker"] != {"name": "none"}
-    tracker = read_tracker(settings["tracker"]) if has_tracker else None
+    tracker = None
+    if settings["tracker"] != {"name": "none"}:  # the default needs no check and no tracker
+        from petl.training.tracking import read_tracker  # most runs have none
+
+        tracker = read_tracker(settings["tracker"])
     train, launch = read_train(settings), read_launch(settings.get("launch"))
     entry = chosen_method(settings)
     fields = with_inner(settings["method"])
@@ -149,9 +151,11 @@ def fill_tasks(fields: Fields, data: Settings) -> None:
     if not names or (has_sets and "tasks" not in fields):  # a head for each suits any method
         return
     if "tasks" not in fields:
+        serving = (name for name, entry in METHODS.index.items() if "tasks" in entry.fields)
+        choices = " or ".join(f"+method={name}" for name in serving)
         raise InputError(
             f"data.tasks={names} is for a method that serves several tasks, and {fields['name']} "
-            "does not: choose +method=polyhistor, or leave data.tasks out"
+            f"does not: choose {choices}, or leave data.tasks out"
         )
     fields["tasks"] = fields["tasks"] or names
     if list(fields["tasks"]) != list(names):
@@ -180,7 +184,7 @@ def with_row_tasks(data: Settings, fields: Fields) -> Record:
 
 def check_groups(settings: Settings) -> None:
     """Raise InputError for an unknown group, or one that is missing or a value in its place."""
-    own = sorted({name.partition(".")[0] for name in FEATURES} - {*GROUPS})
+    own = sorted({name.partition(".")[0] for name in FEATURES} - {*GROUPS, SCORES})
     known = (*GROUPS, *OPTIONAL, *own)
     for name in settings:
         # Hydra refuses unknown keys, except those added with a plus

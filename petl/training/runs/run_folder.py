@@ -25,13 +25,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from peft import PeftModel
 
 from petl.core.fingerprint import check_saved
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import modifies_base_weights
 from petl.core.types import Record
 from petl.errors import InputError
 from petl.system.collectives import on_main
@@ -68,7 +69,9 @@ from petl.training.runs.resume import (
     objective_of,
 )
 from petl.training.runs.settings import AUTO, TrainConfig
-from petl.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from petl.training.tracking import Tracker
 
 START = "start"
 logger = logging.getLogger(__name__)
@@ -99,7 +102,7 @@ class Scores(Record):
 class MetricsLog:
     """The lines of metrics.jsonl, which a tracker gets as well."""
 
-    def __init__(self, run: Path, tracker: Tracker | None, *, writes: bool) -> None:
+    def __init__(self, run: Path, tracker: "Tracker | None", *, writes: bool) -> None:
         self.file, self.tracker, self.writes = run / METRICS, tracker, writes
 
     def append(self, record: Record) -> None:

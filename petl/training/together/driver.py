@@ -4,18 +4,16 @@
 decides which go on: it may add, stop or drop any of them.
 """
 
-import random
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from petl.efficiency.together.batches import TOKENS, Batch
 from petl.efficiency.together.group import AdapterGroup, Member, check_alike
 from petl.errors import InputError
+from petl.system.random_states import RandomStates, restore, states
 from petl.training.dataloader import to_device
 
 
@@ -163,42 +161,17 @@ class RandomNumbers:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.generator = device, torch.Generator(device)
-        self._kept: GeneratorStates | None = None
+        self._kept: RandomStates | None = None
 
     @contextmanager
     def drawn(self) -> Generator[None]:
         """Inside the block, random numbers are drawn from these generators."""
-        before = generator_states(self.device)
+        before = states(self.device)
         if self._kept is not None:
-            set_generators(self._kept._replace(device=self.generator.get_state()), self.device)
+            restore(self._kept._replace(device=self.generator.get_state()), self.device)
         try:
             yield
         finally:
-            self._kept = generator_states(self.device)
+            self._kept = states(self.device)
             self.generator.set_state(self._kept.device)
-            set_generators(before, self.device)
-
-
-class GeneratorStates(NamedTuple):
-    """The states of all generators that a run draws from."""
-
-    cpu: Tensor
-    device: Tensor
-    numpy: Any
-    python: tuple[Any, ...]
-
-
-def generator_states(device: torch.device) -> GeneratorStates:
-    """Return the states of the generators of torch, numpy and Python."""
-    own = torch if device.type == "cpu" else torch.get_device_module(device)
-    cpu, device_state = torch.get_rng_state(), own.get_rng_state()
-    return GeneratorStates(cpu, device_state, np.random.get_state(), random.getstate())
-
-
-def set_generators(states: GeneratorStates, device: torch.device) -> None:
-    """Restore what `generator_states` has returned."""
-    torch.set_rng_state(states.cpu)
-    own = torch if device.type == "cpu" else torch.get_device_module(device)
-    own.set_rng_state(states.device)  # of a CPU: the same generator again
-    np.random.set_state(states.numpy)
-    random.setstate(states.python)
+            restore(before, self.device)

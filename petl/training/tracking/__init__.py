@@ -11,9 +11,9 @@ from petl.core.types import Settings
 from petl.errors import choose
 from petl.system.imports.extras import need_extra
 from petl.system.values import read_fields
-from petl.training.tracking.base import Tracker, TrackerConfig, TrackerTable
+from petl.training.tracking.base import Tracker, TrackerConfig
 
-__all__ = ["Tracker", "TrackerConfig", "TrackerTable", "read_tracker"]
+__all__ = ["Tracker", "TrackerConfig", "read_tracker"]
 
 # by `tracker.name`, "module:class" of the settings, imported when it is chosen
 TRACKERS = {

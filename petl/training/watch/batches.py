@@ -1,13 +1,10 @@
-"""The rows of a batch as the model reads them, and generators that a look at them leaves alone."""
+"""The rows of a batch as the model reads them."""
 
-import random
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from petl.data.tasks.base import IGNORED
@@ -30,19 +27,6 @@ class Row:
     def target(self) -> list[int]:
         """What the model learns to write."""
         return [label for label in self.labels or () if label != IGNORED]
-
-
-@contextmanager
-def generators_kept() -> Generator[None]:
-    """After the block, the generators of torch, NumPy and Python are as before."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)
 
 
 def rows_of(batch: object) -> list[Row]:

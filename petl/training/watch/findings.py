@@ -1,14 +1,14 @@
-"""What a watcher has found: findings by id, their log lines, the error, and the report."""
+"""Findings of a check by id; those of a watcher, their log lines, the error, and the report."""
 
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from enum import StrEnum
+from typing import NamedTuple
 
 from petl.errors import InputError
 
 logger = logging.getLogger("petl.watch")
-Severity = Literal["error", "warning", "note"]
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
 IDS = (
     "labels", "eos", "bos", "truncated", "same rows", "coverage", "gradient", "input",
@@ -16,21 +16,30 @@ IDS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Finding:
+class Severity(StrEnum):
+    """How much a finding weighs."""
+
+    NOTE = "note"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Finding(NamedTuple):
     """One matter: what was found, with a number, and what mends it.
 
     Attributes:
-        id: of the check, one of IDS.
-        severity: "error", "warning" or "note".
-        what: the matter, with a number and where it is.
+        id: of the check: one of IDS, or GROUP.NAME of `petl check`.
+        severity: how much it weighs.
+        what: the matter, with a number.
+        where: a file or tensor; "" where `what` says it.
         remedy: the command or argument that mends it.
     """
 
     id: str
     severity: Severity
     what: str
-    remedy: str
+    where: str = ""
+    remedy: str = ""
 
     def __str__(self) -> str:
         return f"{self.id}: {self.what}" + (f"; {self.remedy}" if self.remedy else "")
@@ -95,9 +104,9 @@ class Findings:
         self.checked.add(name)
         return True
 
-    def add(self, name: str, severity: Severity, what: str, remedy: str = "") -> None:
+    def add(self, name: str, severity: str, what: str, remedy: str = "") -> None:
         """Add a finding, unless its check is ignored or it is known; its check counts as made."""
-        finding = Finding(name, severity, what, remedy)
+        finding = Finding(name, Severity(severity), what, remedy=remedy)
         if not self.wants(name) or finding in self.found:
             return
         self.found.append(finding)

@@ -16,8 +16,8 @@ from petl.core.model.modes import evaluation_mode, has_enabled_adapter, without_
 from petl.core.parameters import trainable
 from petl.core.spec.config import MethodConfig
 from petl.core.tuners.gradients import kinds_of, stepped
-from petl.training.watch.batches import generators_kept
-from petl.training.watch.findings import Findings, Severity
+from petl.system.random_states import states_kept
+from petl.training.watch.findings import Findings
 
 MOST = 0.1  # a share of the base's tensors that are trained by mistake, above it an error
 EQUAL = 1e-4  # distance of two outputs, relative to the larger, that rounding explains
@@ -114,7 +114,7 @@ def inspect_reference(
     elif by_disabling and ids and has_enabled_adapter(model):
         findings.checked.add("reference")
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
-        with generators_kept(), evaluation_mode(model), torch.no_grad():
+        with states_kept(), evaluation_mode(model), torch.no_grad():
             policy = model(input_ids=inputs)[0].float()
             with without_adapters(model):
                 reference = model(input_ids=inputs)[0].float()
@@ -133,7 +133,7 @@ def _saved(model: PeftModel, name: str) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
-def inspect_modes(model: nn.Module, findings: Findings, severity: Severity | None) -> None:
+def inspect_modes(model: nn.Module, findings: Findings, severity: str | None) -> None:
     """Check the modes of a model in a pass without gradients.
 
     Args:

@@ -15,7 +15,8 @@ from petl.data.overlap import TrainingInputs
 from petl.data.tasks.base import IGNORED
 from petl.data.tasks.chat import end_of_turn
 from petl.errors import printable
-from petl.training.watch.batches import Row, generators_kept, rows_of
+from petl.system.random_states import states_kept
+from petl.training.watch.batches import Row, rows_of
 from petl.training.watch.findings import Findings, logger
 
 MANY = 0.1  # a share of rows above it is a warning
@@ -50,7 +51,7 @@ def sample_rows(data: Any, count: int, kept: Sequence[object]) -> list[Row]:
     if not callable(getattr(collate, "__get__", None)):
         collate = copy.deepcopy(collate, dict(memo))
     found: list[Row] = []
-    with generators_kept():
+    with states_kept():
         for index in range(0, len(data), max(1, len(data) // count)):
             row = copy.deepcopy(data[index], dict(memo))
             found += rows_of(row if collate is None else collate([row]))
@@ -220,7 +221,7 @@ def _keys(data: object, most: int) -> list[tuple[str, bool]]:
     """Return what is equal for equal rows, and whether a row is long enough to be no chance."""
     parts = data.values() if isinstance(data, dict) else [data]
     sets = [each.dataset if isinstance(each, DataLoader) else each for each in parts]
-    with generators_kept():
+    with states_kept():
         rows = islice(chain.from_iterable(map(_readable, sets)), most)
         return [key for row in rows for key in _keys_of(row)]
 

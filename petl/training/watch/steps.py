@@ -28,7 +28,7 @@ from petl.core.tuners.gradients import (
 from petl.data.tasks.base import IGNORED
 from petl.errors import InputError
 from petl.training.watch.batches import Row, rows_of
-from petl.training.watch.findings import Findings, Severity
+from petl.training.watch.findings import Findings
 from petl.training.watch.model import inspect_base, inspect_modes
 
 UNEQUAL = 0.01  # share by which the weights of tokens may differ
@@ -188,7 +188,7 @@ class Steps:
         self.when_first(self.rows)
         self.rows = []
 
-    def _say_gradients(self, absent: AbsentGradients | None, severity: Severity) -> None:
+    def _say_gradients(self, absent: AbsentGradients | None, severity: str) -> None:
         findings = self.findings
         broken = {n for n, size in self.gradients.sizes.items() if not math.isfinite(size)}
         if self.gradients.steps >= FEW:

@@ -100,7 +100,12 @@ def test_a_module_that_is_a_link_stays(embedder, hub_server, tmp_path):
         ("modules.json", [{"type": "x.Dense", "path": "../up"}], r"names \.\./up"),
         ("modules.json", [{"type": "x.Dense", "path": "/up"}], "names /up"),
         ("modules.json", {"type": "x.Dense"}, r"modules\.json cannot be used"),
-        ("modules.json", [{"type": "x.Pooling", "path": "lost"}], r"lost/config\.json cannot"),
+        (
+            "modules.json",
+            [{"type": "sentence_transformers.models.Pooling", "path": "lost"}],
+            r"lost/config\.json cannot",
+        ),
+        ("modules.json", [{"type": "x.Pooling", "path": "lost"}], "whose code petl does not have"),
         ("1_Pooling/config.json", [], r"1_Pooling/config\.json cannot be used"),
         ("projection/model.safetensors", {}, r"projection/model\.safetensors cannot be read"),
         ("widths.json", {"layers": {"a": [0, 1]}}, r"widths\.json"),

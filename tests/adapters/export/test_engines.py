@@ -4,16 +4,21 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 
+import petl
 from petl.adapters.export.engines import ENGINES, refusal, serving_lines
 
 BASE = "org/model name"
 
 
-def saved(folder: Path, **fields) -> Path:
+def saved(folder: Path, adapted: str = "model.layers.0.self_attn.q_proj", **fields) -> Path:
     settings = {"r": 8, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
     LoraConfig(**{**settings, **fields}, base_model_name_or_path=BASE).save_pretrained(folder)
+    tensors = {f"base_model.model.{adapted}.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -50,6 +55,24 @@ def test_a_lora_that_engines_compute_otherwise_is_named(tmp_path, fields, reason
     for line in serving_lines(saved(tmp_path, **fields)):
         assert reason in line
         assert "petl serve" in line
+
+
+@pytest.mark.parametrize(
+    ("adapted", "is_served"),
+    [
+        ("model.language_model.layers.0.self_attn.q_proj", True),
+        ("model.text_model.layers.0.mlp.down_proj", True),
+        ("model.vision_tower.encoder.layers.0.self_attn.q_proj", False),
+        ("model.visual.blocks.0.attn.qkv", False),
+        ("model.multi_modal_projector.linear_1", False),
+        ("model.audio_tower.layers.0.self_attn.q_proj", False),
+    ],
+)
+def test_engines_serve_the_layers_of_the_language_model_alone(tmp_path, adapted, is_served):
+    for line in serving_lines(saved(tmp_path, adapted)):
+        assert ("beside the language model" not in line) == is_served
+    found = petl.check(tmp_path, engine="vllm")
+    assert ("engine.asked" not in {each.id for each in found}) == is_served
 
 
 def test_a_base_of_random_weights_is_no_model_that_an_engine_loads(tmp_path):

@@ -79,6 +79,18 @@ def test_an_adapter_without_effect_is_said_to_merge_into_the_base(tiny, tmp_path
     assert "the merged model is the base" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
+def test_a_base_with_an_adapter_of_model_adapter_is_named_as_such(tiny, lora_run, tmp_path, capsys):
+    below = f"model.adapter={lora_run.path}"
+    still = ["train.lr=1e-12", "train.head_lr=1e-12", "train.weight_decay=0"]
+    run = train([*tiny.steady, "+method=lora", below, *still], tmp_path / "run")
+    assert main.main(["merge", str(run.path), str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert f"the base with {below} merged into it" in told
+    first, after = lora_run.scores["after"]["loss"], run.scores["after"]["loss"]
+    assert after == pytest.approx(first, abs=1e-5)
+
+
 def test_a_method_that_cannot_merge_is_refused_and_nothing_is_written(mola_run, tmp_path):
     with pytest.raises(UnsupportedError, match="depend on the input through the router"):
         merge(find(mola_run.path), tmp_path / "out", None)

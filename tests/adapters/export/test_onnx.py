@@ -186,8 +186,9 @@ def test_methods_that_do_not_merge_and_models_that_generate_are_refused(
     kind = type(built("llava")[0])
     adapt(kind, tmp_path / "llava", "lora", "CAUSAL_LM", tmp_path / "of_images", 0)
     write_task(tmp_path / "of_images", ImageText(max_length=256))
-    with pytest.raises(UnsupportedError, match="a model for image_text generates"):
+    with pytest.raises(UnsupportedError, match="a model for image_text generates") as refused:
         export_onnx(find(tmp_path / "of_images"), tmp_path / "onnx", None)
+    assert "gguf" not in str(refused.value)  # which refuses it too
     monkeypatch.setattr("petl.system.imports.extras.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs the package onnx, .*\[onnx\]'"):
         export_onnx(find(mola_run.path), tmp_path / "onnx", None)

@@ -6,13 +6,16 @@ import shutil
 import pytest
 import torch
 from export_fixtures import save_stirred
+from image_text_fixtures import PAIRS, built
 from peft import AutoPeftModelForSequenceClassification
 from training_fixtures import bert_config, words, write_model
 from transformers import BartConfig, BartForSequenceClassification, BertForSequenceClassification
 
+from petl.adapters.export.checked_folder import adapted_outputs
 from petl.adapters.export.saved_adapter import find, score
 from petl.data.tasks.base import write_task
 from petl.data.tasks.classification import Classification
+from petl.data.tasks.image_text import ImageText
 from petl.errors import InputError
 
 pytest_plugins = ["export_fixtures", "training_fixtures"]
@@ -108,3 +111,24 @@ def test_random_rows_end_with_their_only_end_token(tmp_path):
     for batch in saved.batches():
         assert (batch["input_ids"] == 3).sum(1).tolist() == [1] * len(batch["input_ids"])
         assert torch.isfinite(model(**batch).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("llava", "vision"),
+        ("qwen2_5_vl", "projector"),
+        # the projector of Gemma 3 has no linear layer
+        *(pytest.param(k, "vision", marks=pytest.mark.thorough) for k in ("gemma3", *PAIRS)),
+    ],
+)
+def test_random_inputs_reach_what_a_model_sees_images_with(kind, part, tmp_path):
+    for each in built(kind):
+        each.save_pretrained(tmp_path / "base")
+    base = type(built(kind)[0]).from_pretrained(tmp_path / "base")
+    fields = {"r": 2, "target_modules": part}
+    folder = save_stirred(base, "lora", tmp_path / "adapter", **fields)
+    write_task(folder, ImageText(max_length=256, apart=kind in PAIRS or None))
+    saved = find(folder)
+    _, effect = adapted_outputs(saved.model(), saved.batches())
+    assert effect > 1e-3  # or a merge of it would be compared on nothing

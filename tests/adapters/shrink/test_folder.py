@@ -1,6 +1,8 @@
 """Folders of shrunk models: the class loads equal widths, `petl.load_shrunk` all."""
 
+import copy
 import json
+import pickle
 import subprocess
 
 import pytest
@@ -8,10 +10,10 @@ import torch
 import warm_python
 from safetensors.torch import load_file, save_file
 from shrink_fixtures import batches, dense
+from transformers import AutoConfig
 
 import petl
 from petl import testing
-from petl.adapters.shrink.folder import write_widths
 from petl.core.model.layer_widths import FILE as WIDTHS
 from petl.errors import InputError
 
@@ -34,7 +36,6 @@ save_file({"logits": model(**load_file(inputs)).logits.detach().contiguous()}, o
 
 def saved(model, folder):
     model.save_pretrained(folder)
-    write_widths(model, folder)
     return folder
 
 
@@ -96,6 +97,44 @@ def test_widths_that_do_not_fit_are_refused(layers, message, tmp_path):
         petl.load_shrunk(tmp_path)
 
 
+def same_model(folder, model):
+    """Whether `petl.load_shrunk` finds a model's weights in a folder."""
+    state = petl.load_shrunk(folder).state_dict()
+    return all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+def test_copies_pickles_and_loaded_models_save_their_widths(tmp_path):
+    model = dense("llama")
+    small = petl.shrink(model, batches(model), widths="by_block", **SETTINGS).model
+    merged = petl.wrap(copy.deepcopy(small), "lora", target_modules=["down_proj"]).unload()
+    loaded = petl.load_shrunk(saved(small, tmp_path / "first"))
+    others = [copy.deepcopy(small), pickle.loads(pickle.dumps(small)), loaded, merged]
+    assert [same_model(saved(each, tmp_path / "other"), small) for each in others] == [True] * 4
+
+
+def test_equal_widths_leave_no_file_of_another_model(tmp_path):
+    model = dense("llama")
+    for widths in ("by_block", "even"):
+        small = petl.shrink(model, batches(model), widths=widths, **SETTINGS).model
+        assert same_model(saved(small, tmp_path), small)
+    assert not (tmp_path / WIDTHS).exists()
+
+
+def test_weights_without_their_widths_are_refused_with_what_is_missing(tmp_path):
+    model = dense("llama")
+    small = petl.shrink(model, batches(model), widths="by_block", **SETTINGS).model
+    (saved(small, tmp_path) / WIDTHS).unlink()
+    with pytest.raises(InputError, match=r"has no widths\.json"):
+        petl.load_shrunk(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["nope", None, 3])
+def test_what_is_no_folder_is_refused_without_asking_the_hub(folder, monkeypatch):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_: pytest.fail("asks for it"))
+    with pytest.raises(InputError, match=f"folder={folder} is not"):
+        petl.load_shrunk(folder)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"has no config\.json"):
         petl.load_shrunk(tmp_path)

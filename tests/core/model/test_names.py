@@ -20,7 +20,9 @@ from transformers import (
 
 import petl
 from petl import testing
+from petl.core.model.linear import linear_names
 from petl.core.model.names import PRESETS, language_path, part_in
+from petl.system.towers import is_beside_text
 
 SIZES = {
     "hidden_size": 32,
@@ -145,3 +147,12 @@ def test_a_classifier_of_images_has_one_part():
 def test_pefts_all_linear_keeps_its_meaning():
     names = adapted(petl.wrap(llava(), "lora", target_modules="all-linear"))
     assert all(any(n.startswith(path) for n in names) for path in PATHS[llava])
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "gemma3", "smolvlm"])
+def test_names_alone_tell_towers_from_the_language_model(kind):
+    model = built(kind)[0]
+    path = language_path(model)
+    for name in linear_names(model):
+        if name != "lm_head":
+            assert is_beside_text(name) == (part_in(name, path) != "language"), name

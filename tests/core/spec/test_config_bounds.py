@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 import petl
+from petl.core.losses import LossConfig
 from petl.core.spec.config import config_field
-from petl.core.spec.method import LossConfig
 from petl.methods.mola import MolaConfig
 
 

@@ -114,3 +114,14 @@ def test_the_reversible_blocks_of_reformer_pass_gradients(name, tmp_path):
     model.save_pretrained(tmp_path)
     again = petl.load(base(), tmp_path, is_trainable=True)
     assert all(grad is not None for grad in trained(again).values())
+
+
+def test_rows_of_tokens_have_ten_steps_until_they_are_named(caplog):
+    config = {"target_modules": ["q_proj"], "trainable_token_indices": [0]}  # none of the batch
+    model = petl.wrap(testing.tiny_llama(), "lora", **config)
+    caplog.clear()
+    train(model, 9)
+    assert not caplog.text
+    train(model, 1)
+    assert "1 of 7 trained tensors" in caplog.text
+    assert "exclude_modules" not in caplog.text

@@ -3,11 +3,17 @@
 import json
 import logging
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from image_text_fixtures import built
+from peft import LoraConfig
 
 from petl.cli import main
+from petl.data.models.loading import save_processor
+from petl.data.models.saved_processor import load_saved_processor
+from petl.data.tasks.image_text import ImageText
 from petl.generation.inference.loading import load_language_model
 from petl.generation.serving.models import load_served
 
@@ -74,3 +80,20 @@ def test_a_tokenizer_that_cannot_be_read_is_named(changed):
     (changed / "lora/tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="lora has a tokenizer"):
         load_language_model(changed / "lora")
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="loads the part for videos, too")
+def test_the_settings_of_a_part_for_videos_that_is_left_out_are_saved_with_the_rest(tmp_path):
+    for part in built("qwen2_5_vl"):
+        part.save_pretrained(tmp_path / "base")
+    settings = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": 4}
+    file = "video_preprocessor_config.json"
+    (tmp_path / "base" / file).write_text(json.dumps(settings))
+    of_base = {"name": "path", "source": "path", "path": str(tmp_path / "base"), "dtype": "float32"}
+    save_processor(of_base, ImageText(max_length=64), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / file).read_text()) == settings
+    LoraConfig().save_pretrained(tmp_path / "adapter")
+    # and from an adapter into what is made of it
+    own = load_saved_processor(of_base, ImageText(max_length=64), tmp_path / "adapter")
+    save_processor(of_base, ImageText(max_length=64), tmp_path / "merged", own)
+    assert json.loads((tmp_path / "merged" / file).read_text()) == settings

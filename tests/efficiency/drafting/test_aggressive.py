@@ -68,6 +68,26 @@ def test_fields_bound_what_is_drafted_and_by_how_many_tokens_the_place_is_found(
     assert drafted("xcdabcez.", "xqabc", longest=1) == drafted("xcdabcez.", "xqc") == "dabcez."
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("abz", "def."),  # c was replaced
+        ("abzd", "ef."),
+        ("abzdy", "f."),
+        ("abzf", "."),  # a place that is found comes first
+        ("abzy", ""),  # another wrong token behind it: until the place is found
+        ("abzye", "f."),
+        ("z", ""),  # nothing was copied before it
+    ],
+)
+def test_a_token_that_is_not_in_the_input_may_be_taken_for_one_that_replaces(answer, expected):
+    answers = [answer[:end] for end in range(len(answer) + 1)]  # each token was a root
+    guess = drafter("aggressive", model=tiny_pair("t5"), most=20, past_edits=True)
+    guess.start([PAD], None, encoder=ids_of("abcdef."))
+    drafts = [guess.draft(Root([PAD, *ids_of(each)]), None).tokens.tolist() for each in answers]
+    assert drafts[-1] == ids_of(expected)
+
+
 def test_it_finds_what_a_scan_of_the_input_finds():
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -119,6 +139,18 @@ def test_another_place_than_the_start_needs_another_budget():
 
 
 # In decoding
+
+
+def test_replaced_tokens_take_a_pass_each_in_free():
+    model = tiny_pair("t5")
+    source = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:40].add(20).tolist()
+    text = [5 if i in (4, 13, 27) else token for i, token in enumerate(source)]
+    fields = {"most": 63, "nodes": 1}
+    stats, _ = written(model, [*source, END], [*text, END], drafter("free", model=model, **fields))
+    assert stats.passes <= 1 + 3 + 1
+    fields["past_edits"] = False
+    stats, _ = written(model, [*source, END], [*text, END], drafter("free", model=model, **fields))
+    assert stats.passes > 1 + 3 + 1
 
 
 def written(model, source, text, name="aggressive", **more):
@@ -217,7 +249,10 @@ def test_a_call_without_ids_is_refused_with_the_argument_to_give():
         torch.ones(2, 5, dtype=torch.long),
         torch.ones(1, 5),
         torch.ones(5, dtype=torch.long),
+        torch.ones(1, 5, dtype=torch.bool),
+        torch.ones(1, 5, dtype=torch.complex64),
         [1.0],
+        [True],
         [[1]],
         7,
     ],
@@ -238,11 +273,24 @@ def test_decoders_are_refused_with_the_way_out():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"most": 0}, {"shortest": 0}, {"longest": 2, "shortest": 3}, {"longest": 0}, {"most": "a"}],
+    [
+        {"most": 0},
+        {"shortest": 0},
+        {"longest": 2, "shortest": 3},
+        {"longest": 0},
+        {"most": "a"},
+        {"past_edits": "x"},
+    ],
 )
 def test_fields_out_of_range_are_refused(fields):
-    with pytest.raises(InputError, match="is not an integer"):
+    with pytest.raises(InputError, match=r"is not (an integer|true or false)"):
         drafter("aggressive", model=tiny_pair("t5"), **fields)
+
+
+@pytest.mark.parametrize("name", ["aggressive", "free", "recycling"])
+def test_what_is_no_model_is_refused(name):
+    with pytest.raises(InputError, match=r"needs a model, .* and got int"):
+        drafter(name, model=3)
 
 
 def test_tokens_of_another_vocabulary_are_not_drafted_and_this_is_said_once(recwarn):
@@ -258,6 +306,16 @@ def test_tokens_of_another_vocabulary_are_not_drafted_and_this_is_said_once(recw
         for name in ("aggressive", "lookup", "free"):
             assert torch.equal(decoded(own, name, **inputs), plain)
         assert len([w for w in recwarn if "is not copied: its tokens" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("ids", [[5, -100, 6], torch.tensor([[5, -5, 6]]), [-1], [2**70], [96]])
+def test_ids_outside_the_vocabulary_are_not_drafted_and_this_is_said_once(ids, recwarn):
+    model, given = tiny_pair("t5"), prompt(3)
+    plain = model.generate(given, max_new_tokens=8, do_sample=False, use_cache=True)
+    for name in ("aggressive", "free"):
+        found = decoded(model, name, input_ids=given, encoder_input_ids=ids)
+        assert torch.equal(found, plain)
+    assert len([w for w in recwarn if "the decoder's vocabulary of 96" in str(w.message)]) == 1
 
 
 def test_free_copies_the_input_first_and_takes_the_fields_of_what_copies():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from petl.efficiency.drafting import Costs, Root, drafter, load_drafter
 from petl.errors import InputError
@@ -90,7 +91,7 @@ def test_it_is_saved_with_its_fields_and_frequencies(tmp_path):
     lookup.frequencies.add(0, 0)
     lookup.save(tmp_path / "drafter")
 
-    class Model:
+    class Model(nn.Module):
         class config:
             @staticmethod
             def get_text_config():

@@ -17,8 +17,8 @@ import petl
 from petl import testing
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import AdapterDict
-from petl.core.serving.mixed_batch import AdapterRows
-from petl.core.switching.tuner import SwitchingModel
+from petl.core.layers.mixed_batch import AdapterRows
+from petl.core.tuners.switching import SwitchingModel
 from petl.efficiency.fused_lora.layer import FusedLoraLinear
 from petl.efficiency.fused_lora.switching import SwitchingLora
 from petl.testing import Case

@@ -290,7 +290,7 @@ def test_a_second_call_replaces_the_first_and_copies_keep_it():
 
 @pytest.mark.parametrize("keep", [0.5, 0.1])
 def test_an_mlp_keeps_channels_for_backward(keep):
-    """The gradient is that of a product whose other channels are constants."""
+    """The gradient is that of a product whose other channels are constants, and 0 to `down`."""
     model, inputs = model_for("llama"), batch()
     reference = copy.deepcopy(model)
     plain = model(**inputs).loss
@@ -298,6 +298,8 @@ def test_an_mlp_keeps_channels_for_backward(keep):
         layer.mlp.forward = constant_channels(layer.mlp, keep)
     wanted = reference(**inputs).loss
     wanted.backward()
+    for layer in reference.get_base_model().model.layers[2:]:
+        layer.mlp.down_proj.lora_A["default"].weight.grad[:, ~layer.mlp.kept] = 0
     petl.drop_tokens(model, keep=1.0, mlp_keep=keep)
     loss = model(**inputs).loss
     loss.backward()
@@ -336,6 +338,7 @@ def constant_channels(mlp, keep):
         kept = torch.zeros_like(norms, dtype=torch.bool)
         for channel in sorted(range(len(norms)), key=lambda c: -norms[c])[: -int(-keep * 48 // 1)]:
             kept[channel] = True
+        mlp.kept = kept
         return mlp.down_proj(torch.where(kept, product, product.detach()))
 
     return forward
@@ -430,6 +433,7 @@ def test_adapters_that_read_other_positions_are_refused(method, fields):
         ({"keep": 0.0}, "keep=0"),
         ({"keep": 1.5}, "keep=1.5"),
         ({"block": 0}, "block=0"),
+        ({"block": 10**30}, "out of range"),
         ({"layers": "upper"}, "second_half"),
         ({"layers": [4]}, "0 to 3"),
         ({"layers": []}, "layers"),

@@ -162,6 +162,7 @@ def test_all_units_idle_leave_one():
         ({}, {"layers": "all"}, "no 0.lemo_q1.weight"),
         ({"2.lemo_k2.weight": torch.ones(3, 3)}, {}, "2.lemo_k2.weight has shape"),
         ({"2.lemo_q3.weight": torch.ones(9, 2)}, {}, "lemo_q3.weight has shape"),
+        ({"2.lemo_q2.weight": torch.ones(4, 4, dtype=torch.int64)}, {}, "lemo_q2.* torch.int64"),
         ({"3.lemo_q1.weight": torch.full((2, 32), torch.nan)}, {}, "3.lemo_q1.weight"),
     ],
 )
@@ -186,4 +187,57 @@ def test_predictors_need_rows_and_a_decoder():
         train_predictors(nn.Linear(2, 2), batches(1))
     with pytest.raises(InputError, match="layers=3"):
         petl.train_predictors(planted(), batches(1), layers=3)
-    assert 0 <= train_predictors(planted(), batches(2), block=4, keep=0.0).recall <= 1
+    assert 0 <= train_predictors(planted(), batches(2), block=4, keep=0.1).recall <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_a_file_of_another_floating_type_is_read_in_float32(dtype, tmp_path):
+    file = tmp_path / "predictors.safetensors"
+    Predictors.new([2, 3], 4, 4, 32).save(file)
+    rounded = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(rounded, file, {"block": "4", "heads": "4"})
+    loaded = Predictors.load(file, [2, 3], 4, 4, 32)
+    weight = loaded.each()["3"].sides["k"].weights[1]
+    assert torch.equal(weight, rounded["3.lemo_k2.weight"].float())
+    model = planted().train()
+    petl.drop_tokens(model, block=4, scorer="predictor", predictor=file)
+    assert model(**next(batches(1))).logits.isfinite().all()
+
+
+def test_a_file_of_integers_is_refused_with_the_name(tmp_path):
+    file = tmp_path / "predictors.safetensors"
+    Predictors.new([2, 3], 4, 4, 32).save(file)
+    save_file({k: v.long() for k, v in load_file(file).items()}, file, {"block": "4", "heads": "4"})
+    with pytest.raises(InputError, match=r"2\.lemo_q1\.weight .*int64"):
+        Predictors.load(file, [2, 3], 4, 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"block": 0}, "block=0 is not"),
+        ({"block": "a"}, "block='a' is not an integer"),
+        ({"block": 10**9}, "block=1000000000 is longer than all rows, of at most 64 tokens"),
+        ({"lr": -1.0}, r"lr=-1\.0 is not"),
+        ({"lr": 0}, "lr=0 is not"),
+        ({"keep": 0}, "keep=0 is not"),
+        ({"keep": 2}, "keep=2 is not"),
+        ({"keep": None}, "keep=None is not"),
+        ({"layers": []}, "layers=.* is not"),
+        ({"batches": [torch.ones(1, 64)]}, "a batch is of type Tensor"),
+        ({"batches": next(batches(1))}, "batches is of type dict"),
+        ({"batches": None}, "batches is of type NoneType"),
+        ({"batches": [{"pixels": torch.ones(1, 64)}]}, "a batch has pixels: give input_ids"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_a_line(fields, words):
+    with pytest.raises(InputError, match=words):
+        train_predictors(planted(), **{"batches": batches(1), "block": 4, **fields})
+
+
+def test_batches_with_fewer_tokens_than_a_block_are_left_out():
+    long = [*batches(2)]
+    short = [{name: t[:, :16] for name, t in batch.items()} for batch in batches(3)]
+    both = train_predictors(planted(), [short[0], long[0], *short[1:], long[1]], block=32)
+    alone = train_predictors(planted(), long, block=32)
+    assert (both.recall, both.loss) == (alone.recall, alone.loss)

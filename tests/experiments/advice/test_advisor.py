@@ -14,7 +14,7 @@ from training_fixtures import Tiny, example
 
 from petl.errors import InputError, RunStopped
 from petl.experiments.advice.advisor import Advisor, Request
-from petl.experiments.advice.candidates import at
+from petl.experiments.advice.candidates import at, shortlist
 from petl.experiments.advice.evidence import Evidence, Rows, Setting, Trial
 from petl.experiments.advice.rounds import finalists
 from petl.experiments.advice.schedule import Rung
@@ -154,6 +154,11 @@ def test_a_stopped_advice_goes_on(faked, rows, tmp_path):
     assert again["trials"] == whole["trials"]
 
 
+def test_a_command_that_trains_nothing_spends_nothing(faked, rows, tmp_path):
+    whole = faked.advise(tmp_path, rows, cost=1.0)
+    assert faked.advise(tmp_path, rows, cost=1.0)["seconds"] == whole["seconds"]
+
+
 @pytest.mark.thorough
 def test_another_command_does_not_take_over_a_folder(faked, rows, tmp_path):
     faked.advise(tmp_path, rows)
@@ -161,6 +166,12 @@ def test_another_command_does_not_take_over_a_folder(faked, rows, tmp_path):
         faked.advise(tmp_path, [*rows, "train.weight_decay=0.1"])
     with pytest.raises(InputError, match=r"another command.*cost"):
         faked.advise(tmp_path, rows, cost=3.0)
+    # also where nothing meets what is asked for
+    with pytest.raises(InputError, match=r"bytes=null there, 10 here"):
+        faked.advise(tmp_path, rows, bytes=10)
+    more = ["weight_decay=0.1", "max_grad_norm=0.5", "batch_size=4", "epochs=5"]
+    with pytest.raises(InputError, match="and 1 more"):
+        faked.advise(tmp_path, [*rows, *(f"train.{word}" for word in more)])
 
 
 def test_too_few_rows_get_the_default_without_an_interval(faked, tiny, tmp_path):
@@ -183,6 +194,45 @@ def test_too_few_rows_of_another_command_leave_its_advice(faked, rows, tiny, tmp
     with pytest.raises(InputError, match="another command"):
         faked.advise(tmp_path, tiny.steady, cost=1.0)
     assert (tmp_path / "advice.json").read_bytes() == before
+
+
+def test_too_few_rows_have_one_command_too(faked, tiny, tmp_path):
+    first = faked.advise(tmp_path, tiny.steady)
+    with pytest.raises(InputError, match=r"another command.*weight_decay"):
+        faked.advise(tmp_path, [*tiny.steady, "train.weight_decay=0.1"])
+    assert json.loads((tmp_path / "advice.json").read_text()) == json.loads(json.dumps(first))
+
+
+@pytest.mark.thorough
+def test_no_advice_is_left_by_a_limit_that_nothing_keeps(faked, rows, tmp_path):
+    faked.more = {"retained": {"drift": 0.5}}
+    found = faked.advise(tmp_path, rows, lost=0.6, cost=1.0)
+    assert found["request"]["lost"] == 0.6
+    with pytest.raises(InputError, match=r"--lost 0\.1"):
+        faked.advise(tmp_path, rows, lost=0.1, cost=1.0)
+    assert not [*tmp_path.glob("advice.*"), *tmp_path.glob("configs")]
+
+
+@pytest.mark.thorough
+def test_a_trial_of_a_command_that_was_given_up_is_not_used(faked, rows, tmp_path):
+    with pytest.raises(InputError, match=r"--seconds 6\.5"):
+        faked.advise(tmp_path, [*rows, "train.weight_decay=0.1"], seconds=6.5, bytes=10_000)
+    (given_up,) = faked.made
+    found = faked.advise(tmp_path, [*rows, "train.epochs=20"], cost=6.0)
+    assert faked.made.count(given_up) == 2
+    assert len(faked.made) == len(found["trials"]) + 1
+
+
+def test_a_cost_that_is_not_kept_is_said(faked, rows, tmp_path, monkeypatch):
+    def slow(constraints):
+        faked.spent += 60
+        return shortlist(constraints)
+
+    monkeypatch.setattr("petl.experiments.advice.advisor.shortlist", slow)
+    # the start takes 5 seconds, a run 1, a step 0.1; 50 test rows count as 2 steps
+    found = faked.advise(tmp_path, [*rows, "train.steps=30"])
+    assert found["seconds"]["spent"] > 2 * found["seconds"]["plain_run"]
+    assert "65 %" in facts_of(found)["more than --cost"]
 
 
 @pytest.mark.thorough
@@ -219,7 +269,7 @@ def test_runs_that_fail_are_left_out_and_named(faked, rows, tmp_path):
     assert "/last/" in log
     assert facts_of(found)["the run of full length"] == f"failed, see {log}"
     faked.fails = lambda name: True
-    with pytest.raises(RunStopped, match="all 1 runs failed"):
+    with pytest.raises(RunStopped, match="the only run failed"):
         faked.advise(tmp_path / "b", rows)
 
 

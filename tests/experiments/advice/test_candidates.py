@@ -1,5 +1,7 @@
 """What is tried, and what constraints exclude."""
 
+import logging
+
 import pytest
 
 from petl.errors import InputError
@@ -69,9 +71,32 @@ def test_constraints_that_nothing_meets_name_the_one_that_excludes_most():
 
 def test_of_files_that_are_all_too_large_the_smallest_is_named(monkeypatch):
     sizes = {"method.r=2": 900, "method.r=4": 1800}
-    name = "petl.experiments.advice.candidates.file_bytes"
-    monkeypatch.setattr(name, lambda words, splits: sizes.get(words[1], 5000))
+    monkeypatch.setattr(FILE_BYTES, lambda words, splits: sizes.get(words[1], 5000))
     with pytest.raises(InputError, match=r"lora of rank 2, 900 bytes"):
+        shortlist([within(100, [], None)])
+
+
+FILE_BYTES = "petl.experiments.advice.candidates.file_bytes"
+
+
+def test_what_is_said_of_all_candidates_is_said_once(monkeypatch, caplog):
+    def said(words, splits):
+        logging.getLogger("petl.core").warning("the head is frozen")
+        return 100
+
+    monkeypatch.setattr(FILE_BYTES, said)
+    shortlist([within(100, [], None)])
+    assert caplog.messages == ["the head is frozen"]
+    logging.getLogger("petl.core").warning("later")
+    assert caplog.messages[1:] == ["later"]
+
+
+def test_a_setting_that_fits_no_method_is_the_error(monkeypatch):
+    def refused(words, splits):
+        raise InputError("data.max_length=256 is too long")
+
+    monkeypatch.setattr(FILE_BYTES, refused)
+    with pytest.raises(InputError, match=r"^data\.max_length=256"):
         shortlist([within(100, [], None)])
 
 

@@ -134,6 +134,16 @@ def test_equal_scores_are_decided_by_the_loss():
     assert Evidence(trials, FEW, 10).best == WIDE
 
 
+def test_losses_of_equal_scores_are_means_over_seeds():
+    losses = {LORA: (-1.0, -1.0), WIDE: (-9.0, -0.9)}
+    trials = [
+        Trial(setting, seed, 10, 0.5, loss)
+        for setting, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    assert Evidence(trials, FEW, 10).ranked() == [LORA, WIDE]
+
+
 def test_a_curve_is_extrapolated_with_what_is_not_known_of_it():
     # exactly 0.7 - 0.8 n^-0.5, of which the middle exponent is right
     curve = {steps: 0.7 - 0.8 * steps**-0.5 for steps in (50, 200)}

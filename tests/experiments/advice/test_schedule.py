@@ -44,6 +44,18 @@ def test_a_schedule_stays_within_its_cost(cost, full, step):
         assert after.settings <= before.settings
 
 
+@pytest.mark.parametrize("full", [6, 25])
+def test_where_no_longer_trial_can_follow_the_first_ones_have_all_that_is_left(full):
+    runs = Seconds(5.0, 2.0, 0.2)
+    budget, first = Budget(4, 5 + runs.of(1, full), full), first_steps(full)
+    spent = runs.begin + runs.of(1, first)
+    assert budget.following(1, spent, runs, 9, first) is None
+    count = budget.first(spent, runs, 9)
+    left = budget.left(spent, runs) - runs.of(2, first) / 2 * (count - 1)
+    assert 0 <= left < runs.of(2, first) / 2
+    assert spend(4, full, runs, runs)[0] <= 4
+
+
 @pytest.mark.parametrize("joint", [0.5, 1.2])
 def test_passes_of_several_may_be_faster_or_slower_than_assumed(joint):
     runs = Seconds(8.0, 4.0, 0.4)

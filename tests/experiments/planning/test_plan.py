@@ -13,11 +13,11 @@ from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import petl
 from petl import testing
-from petl.cli.catalog.reference import count_trainable
+from petl.cli.catalog.reference import counted
 from petl.core.adapter_file import safetensors_bytes, saved_shapes
 from petl.core.parameters import LiveBytes
 from petl.core.registry import needs_calibration, on_shapes
-from petl.core.spec.method import modifies_base_weights
+from petl.core.spec.facts import modifies_base_weights
 from petl.data.models.loading import load_processor
 from petl.errors import UnsupportedError
 from petl.experiments.planning.dry_run import pass_memory, without_values
@@ -76,7 +76,7 @@ def test_frozen_blocks_are_planned_with_the_size_of_their_store_and_what_it_save
     positions = planned.memory.rows * planned.memory.tokens
     block = 2 * positions * (4 * 32 * 32 + 2 * 32 * 48)
     assert frozen.saved == pytest.approx(block / planned.memory.pass_.operations)
-    assert "block 0 of 2, computed once (train.cache_frozen): 0 MB on disk" in str(frozen)
+    assert "block 0 of 2, computed once (train.cache_frozen): 71 kB on disk" in str(frozen)
     every = plan(tiny, *words[:1], words[2])
     assert every.frozen is None
     once = plan(tiny, *words, "train.steps=7").frozen
@@ -121,7 +121,7 @@ def test_a_store_that_is_there_needs_no_space(tiny, tmp_path, monkeypatch):
     for change in ("data.max_length=5", "train.precision=bf16", "model.attn=eager"):
         changed = plan(tiny, *words, change).frozen
         assert changed.missing > 0, change
-        assert "has 0 MB free" in changed.reason
+        assert "has 0 kB free" in changed.reason
     # the test rows are those of the run, the train rows are not
     fewer = plan(tiny, *words, "data.train_rows=30").frozen
     assert 0 < fewer.missing < fewer.bytes
@@ -449,14 +449,14 @@ def test_an_initialization_from_data_is_planned_with_the_default_and_a_note(tiny
 
 
 def test_a_method_that_computes_its_adapter_is_counted_on_a_model_that_generates():
-    assert count_trainable("icv") == 30 * 576
+    assert counted("icv")[0] == 30 * 576
 
 
 def test_reference_counts_equal_counts_by_hand():
     square, up = 384 + 384, 384 + 1536
-    assert count_trainable("lora") == 6 * 8 * (4 * square + 2 * up)
+    assert counted("lora")[0] == 6 * 8 * (4 * square + 2 * up)
     # value and query: 2 x 6 layers, 1,000 coefficients each
-    assert count_trainable("fourierft") == 12 * 1000
+    assert counted("fourierft")[0] == 12 * 1000
     # inverted triangle, floor(4 j / 6): layers of 2, 2, 4, 6, 6, 8 experts; routers read the input
     experts = sum([2, 2, 4, 6, 6, 8])
-    assert count_trainable("mola") == experts * (8 * (4 * square + 2 * up) + 5 * 384 + 1536)
+    assert counted("mola")[0] == experts * (8 * (4 * square + 2 * up) + 5 * 384 + 1536)

@@ -13,7 +13,7 @@ from petl.experiments.planning import savings as of
 from petl.experiments.planning.cost import Time
 from petl.experiments.planning.dry_run import PassMemory
 from petl.experiments.planning.frozen import FrozenPlan
-from petl.experiments.planning.memory import Memory
+from petl.experiments.planning.memory import Memory, megabytes
 from petl.experiments.planning.plan import RunPlan, plan_run
 from petl.experiments.planning.savings import RunCost, savings
 from petl.training.compose import compose
@@ -156,13 +156,17 @@ def test_passes_that_read_a_store_are_those_of_the_upper_blocks():
         assert "before training: 34 % of" in by_setting(savings(unused, []))[both].saves
 
 
+def test_what_is_below_a_megabyte_is_not_said_to_be_none():
+    assert [megabytes(count) for count in (2_400_000, 243_000)] == ["2 MB", "243 kB"]
+
+
 @pytest.mark.thorough
 def test_a_plan_says_what_a_setting_leaves_and_the_plan_with_it_has_that(tiny: Tiny):
     words = ["train.steps=14"]
     now = plan(tiny, *words)
     found = by_setting(now.cheaper)
     less = plan(tiny, *words, "train.recompute_mlp=true")
-    said = f"{less.memory.pass_.peak / 1e6:,.0f} MB for a pass"
+    said = f"{megabytes(less.memory.pass_.peak)} for a pass"
     assert said in found["train.recompute_mlp=true"].saves
     assert "train.recompute_mlp=true" not in by_setting(less.cheaper)
     upper = plan(tiny, *words, "method.layers_to_transform=top:0.33")

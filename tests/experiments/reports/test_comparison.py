@@ -3,6 +3,7 @@
 import pytest
 from comparable import write_run
 
+from petl.cli.main import main as command
 from petl.errors import InputError
 from petl.experiments.reports import comparison
 from petl.experiments.reports.find_runs import find_runs
@@ -28,6 +29,14 @@ def study(tmp_path):
             folder = tmp_path / method / f"seed-{seed}"
             write_run(folder, score, f"+method={method}", f"train.seed={seed}")
     return tmp_path
+
+
+def test_the_command_counts_the_runs_that_are_in_its_tables(study, capsys):
+    validation = {"after": None, "validation": 0.5}
+    words = ["+method=lora", "train.test=false", "train.eval_steps=5"]
+    write_run(study / "tuned", 0.5, *words, **validation)
+    assert command(["compare", str(study), str(study / "nowhere")]) == 1
+    assert "compared 8 runs; left out: 1" in capsys.readouterr().err
 
 
 def test_runs_that_differ_in_the_seed_are_one_entry_and_the_best_comes_first(study):

@@ -6,6 +6,7 @@ from comparable import write_run
 from petl.experiments.reports.comparison import compare
 from petl.experiments.reports.comparison_report import (
     charts_of,
+    learning_rates_tried,
     results,
     summary,
     write_page,
@@ -71,9 +72,10 @@ def test_runs_that_measured_other_texts_are_named(tmp_path):
 
 
 def test_entries_whose_seeds_disagree_are_not_ranked(runs):
-    better, unclear, spread, interval = summary(*compare([runs]))
+    better, unclear, chance, spread, interval = summary(*compare([runs]))
     assert better == "mola: better than lora in every seed."
     assert unclear == "mos: no clear difference to lora (the seeds disagree)."
+    assert "all of 3 seeds by chance in 1 of 4" in chance  # 2 * 0.5**3
     assert spread == "± is the standard deviation over the seeds of a method."
     assert interval.startswith("The 95 % interval is Wilson's, for the choice of the test examples")
 
@@ -94,6 +96,53 @@ def test_a_loss_has_no_interval(tmp_path):
     found = compare([tmp_path])
     assert results(*found).columns[:3] == ["method", "test loss, n = 512 tokens", "seeds"]
     assert "interval" not in " ".join(summary(*found))
+    assert "means better, that is lower" in " ".join(summary(*found))
+
+
+def test_rates_have_their_seeds_and_those_not_tried_are_not_failed():
+    noted = {
+        "lora": {
+            "validation": {"0.001": 0.5, "0.01": 0.6},
+            "seeds": {"0.001": 3, "0.01": 1},
+            "failed": ["0.1"],
+            "taken": 0.001,
+            "edge": "lowest",
+        },
+        "mos": {"validation": {"0.0003": 0.4}, "taken": 0.0003},
+    }
+    table = learning_rates_tried("accuracy", noted)
+    assert table.columns[1:] == ["0.0003", "0.001", "0.01", "0.1"]
+    assert table.rows == [
+        ["lora", "", "50.0 %, 3 seeds * (lowest tried)", "60.0 %, 1 seed", "failed"],
+        ["mos", "40.0 % *", "", "", ""],
+    ]
+
+
+def test_the_page_says_by_what_rates_of_equal_score_are_chosen(runs, tmp_path):
+    noted = {"lora": {"validation": {"0.001": 0.5, "0.01": 0.5}, "taken": 0.01}}
+    pages = write_page(compare([runs]), tmp_path / "page", noted)[:2]
+    for page in pages:
+        assert page.read_text().count("same accuracy are compared by their validation loss") == 1
+    assert len(pages) == 2
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_is_counted_is_plural_unless_it_is_one(tmp_path, seeds):
+    for seed in range(seeds):
+        write_run(tmp_path / "runs" / str(seed), 0.5, "+method=lora", f"train.seed={seed}")
+    (page, *_) = write_page(compare([tmp_path / "runs"]), tmp_path / "page")
+    assert ("1 run, started" in page.read_text()) == (seeds == 1)
+    assert ("2 runs, started" in page.read_text()) == (seeds == 2)
+
+
+def test_without_a_baseline_no_difference_is_spoken_of(tmp_path):
+    for method, seeds in {"mola": (0, 1), "mos": (0,)}.items():
+        for seed in seeds:
+            words = [f"+method={method}", f"train.seed={seed}"]
+            write_run(tmp_path / method / str(seed), 0.5, *words)
+    said = " ".join(summary(*compare([tmp_path])))
+    assert "over different seeds" in said
+    assert "differences" not in said
 
 
 @pytest.mark.thorough

@@ -3,6 +3,7 @@
 import pytest
 
 from petl.experiments.reports.formatting import (
+    count_text,
     duration,
     mean_text,
     number,
@@ -58,3 +59,11 @@ def test_a_mean_has_a_spread_from_two_values_on():
     assert mean_text("accuracy", [0.5]) == "50.0 %"
     assert mean_text("accuracy", [0.5, 0.5]) == "50.0 ± 0.0 %"
     assert mean_text("loss", [1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 steps"), (1, "1 step"), (1.0, "1 step"), (0.5, "0.5 steps"), (1_200, "1,200 steps")],
+)
+def test_a_count_has_the_singular_of_one_only(number, text):
+    assert count_text(number, "step") == text

@@ -1,38 +1,26 @@
 """Studies: learning rates are chosen on validation examples, seeds scored on the test set."""
 
+import io
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import warm_python
 from comparable import write_adapter, write_run
 from omegaconf import OmegaConf
-from training_fixtures import Tiny, main
+from training_fixtures import Tiny
 
 import petl
+from petl.cli import precision
 from petl.cli.main import main as command
 from petl.errors import InputError, RunStopped
 from petl.experiments.sweeps import forked_runs
 from petl.experiments.sweeps.study import Contender, Study, StudyJob, told_apart
 from petl.training.compose import compose
 
-pytest_plugins = ["training_fixtures"]
-
-
-@pytest.fixture
-def made(monkeypatch) -> list[str]:
-    """Folders of the runs that were made, in this process instead of one of their own."""
-    folders = []
-
-    def make(self: Study, job: StudyJob) -> tuple[StudyJob, float]:
-        folders.append(str(job.folder.relative_to(self.folder)))
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
-        job.log.write_text("")
-        main()(compose(job.overrides))
-        return job, 0.0
-
-    monkeypatch.setattr(Study, "_train", make)
-    return folders
+pytest_plugins = ["training_fixtures", "claims_fixtures"]
 
 
 @pytest.fixture
@@ -137,20 +125,98 @@ def test_a_study_says_what_it_does_and_how_to_continue(tiny, tmp_path, faked, mo
     assert f"petl study {tmp_path} --methods lora --seeds 0,1,2" in err
     monkeypatch.setattr(Study, "_train", real)
     assert command(words) == 0
-    assert "2 of 3 runs are already finished" in capsys.readouterr().err
+    assert "already finished: 2 of 3 runs" in capsys.readouterr().err
 
 
 def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, faked, monkeypatch):
     real = Study._train
 
     def fail(self, job):
-        return (job, 0.0) if job.folder.name == "seed-0" else real(self, job)
+        if job.folder.name != "seed-0":
+            return real(self, job)
+        job.log.parent.mkdir(parents=True)
+        job.log.write_text("error: no room\n")
+        return job, 0.0
 
     monkeypatch.setattr(Study, "_train", fail)
     found = small(tiny, tmp_path, contenders=[Contender("lora")], rates=[1e-3])
-    with pytest.raises(RunStopped, match=r"1 runs failed, see .*seed-0\.log"):
+    with pytest.raises(RunStopped, match=r"lora: 1 run failed, see .*seed-0\.log: no room"):
         found.run()
     assert faked == ["runs/lora/seed-1"]
+
+
+def test_a_method_whose_runs_all_fail_is_named_on_the_page_of_the_others(
+    tiny, tmp_path, faked, monkeypatch, capsys
+):
+    real = Study._train
+
+    def fail(self, job):
+        if job.folder.parent.name != "mola":
+            return real(self, job)
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("a") as log:
+            log.write("a step\nerror: <b>mola</b> cannot\na last line\n")
+        return job, 0.0
+
+    monkeypatch.setattr(Study, "_train", fail)
+    line = ["study", str(tmp_path), "--methods", "mola", "--method", "lora train.lr=1e-3"]
+    assert command([*line, "--rates", "1e-3,1e-2", "--seeds", "0", *tiny.steady]) == 1
+    assert "lr-0.01.log: <b>mola</b> cannot" in capsys.readouterr().err
+    for name in ("index.html", "results.md"):
+        assert "&lt;b&gt;mola&lt;/b&gt; cannot" in (tmp_path / name).read_text()
+    assert faked == ["runs/lora-train.lr-1e-3/seed-0"]
+
+
+@pytest.fixture
+def trial(tmp_path, monkeypatch):
+    """What the trial of this machine finds, as `answer`; a line in `file` for each."""
+    file, answer = tmp_path / "trials", tmp_path / "answer"
+    code = (
+        "import pathlib, sys; file, answer = map(pathlib.Path, sys.argv[1:3]); "
+        "file.open('a').write('.'); print(answer.read_text())"
+    )
+    line = (sys.executable, "-S", "-c", code, str(file), str(answer))
+    monkeypatch.setattr("petl.experiments.sweeps.found_precision.COMMAND", line)
+    monkeypatch.setattr("petl.experiments.sweeps.found_precision.width_to_try", lambda _: 384)
+    answer.write_text("bf16")
+    return file, answer
+
+
+def test_all_runs_of_a_study_have_the_precision_that_auto_was_at_first(
+    tiny, tmp_path, faked, trial
+):
+    file, answer = trial
+    work, auto = tmp_path / "study", [*tiny.steady, "train.precision=auto"]
+    one = {"contenders": [Contender("lora")], "rates": [], "overrides": auto}
+    small(tiny, work, **one, seeds=[0]).run()
+    answer.write_text("no")  # as on another machine
+    small(tiny, work, **one, seeds=[0, 1]).run()
+    assert faked == ["runs/lora/seed-0", "runs/lora/seed-1"]
+    found = {OmegaConf.load(work / name / "config.yaml").train.precision for name in faked}
+    assert found == {"bf16"}
+    assert file.read_text() == "."
+
+
+def test_a_run_keeps_the_precision_in_which_it_began(tiny, tmp_path, faked, trial):
+    auto = [*tiny.steady, "train.precision=auto"]
+    one = {"contenders": [Contender("lora")], "rates": [], "overrides": auto}
+    begun = small(tiny, tmp_path / "study", **one, seeds=[0])
+    job = begun._final(begun.contenders[0], 0, None)
+    write_run(job.folder, 0.5, *job.overrides, "train.precision=no")
+    (job.folder / "scores.json").unlink()
+    begun._check()
+    words = begun._in_precision(job).overrides
+    assert [w for w in words if w.startswith("train.precision=")] == ["train.precision=no"]
+
+
+def test_the_precision_of_auto_is_found_as_a_run_finds_it(tiny, monkeypatch, capsys):
+    words = [*tiny.steady, "+method=lora", "train.precision=auto"]
+    for asked, status in (("bf16", 0), ("no", 0), ("fp8", 2)):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(words)))
+        monkeypatch.setattr("sys.argv", ["precision"])
+        assert precision.main() == status
+        assert capsys.readouterr().out.strip() == (asked if status == 0 else "")
 
 
 @pytest.mark.thorough
@@ -186,6 +252,46 @@ def test_a_method_with_a_rate_of_its_own_keeps_it(tiny, tmp_path, faked):
     rates = [OmegaConf.load(tmp_path / name / "config.yaml").train.lr for name in (kept, chosen)]
     assert rates == [2e-3, found.tried["lora"]["taken"]]
     assert found.tried.keys() == {"lora"}
+
+
+@pytest.mark.parametrize(
+    ("word", "way_out"),
+    [("train.seed=4", "--seeds"), ("train.lr=1e-3", "--rates"), ("train.run=x", "folder")],
+)
+def test_settings_that_the_study_would_replace_are_refused(tiny, tmp_path, faked, word, way_out):
+    with pytest.raises(InputError, match=f"{word}.*{way_out}"):
+        small(tiny, tmp_path, overrides=[*tiny.steady, word]).run()
+    assert faked == []
+
+
+def test_rates_of_an_earlier_command_are_not_those_of_the_runs(tiny, tmp_path, faked):
+    one = {"contenders": [Contender("lora")], "seeds": [0]}
+    first = small(tiny, tmp_path, **one)
+    first.run()
+    assert first.tried["lora"]["taken"] == 1e-5
+    second = small(tiny, tmp_path, **one, rates=[1e-3])
+    second.run()
+    assert OmegaConf.load(tmp_path / "runs/lora/seed-0/config.yaml").train.lr == 1e-3
+    assert "lora" not in second.tried
+
+
+def test_a_study_in_the_folder_of_another_process_is_refused(tiny, tmp_path, capsys):
+    """Else the runs that the other one makes would count as failed."""
+    work = tmp_path / "study"
+    work.mkdir()
+    hold = (  # as `claim`, without what importing it takes
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    line = [sys.executable, "-S", "-c", hold, str(work / ".lock")]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        words = ["study", str(work), "--methods", "lora", "--seeds", "0", *tiny.steady]
+        assert command(words) == 2
+        other.communicate()
+    assert f"{work} is being written by another process" in capsys.readouterr().err
+    assert [file.name for file in work.iterdir()] == [".lock"]
 
 
 def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
@@ -252,6 +358,34 @@ def test_rates_are_tried_outward_while_the_best_is_at_an_end(
     assert found["validation"].keys() == finished
     assert found["taken"] == taken
     assert json.loads((tmp_path / "runs/lora/seed-0/scores.json").read_text())["lr"] == taken
+
+
+def test_a_rate_below_one_that_failed_is_not_at_the_edge(tiny, tmp_path, scored, caplog):
+    scored.update({1e-4: 0.3, 1e-3: 0.4, 1e-2: None})
+    rates = [1e-4, 1e-3, 1e-2]
+    found = small(tiny, tmp_path, contenders=[Contender("lora")], rates=rates, seeds=[0])
+    found.run()
+    noted = found.tried["lora"]
+    assert (noted["taken"], noted["edge"], noted["failed"]) == (1e-3, "", ["0.01"])
+    assert "one beyond it" not in caplog.text
+
+
+def test_a_rate_whose_further_seeds_failed_is_said_to_be_left_out(
+    tiny, tmp_path, scored, monkeypatch, caplog
+):
+    scored.update({1e-4: 0.3, 1e-3: 0.9})
+    score = Study._train
+
+    def fail(self, job):
+        return (job, 0.0) if job.folder.name == "lr-0.001-seed-1" else score(self, job)
+
+    monkeypatch.setattr(Study, "_train", fail)
+    one = {"contenders": [Contender("lora")], "rates": [1e-4, 1e-3], "seeds": [0]}
+    found = small(tiny, tmp_path, **one, tuning_seeds=2)
+    found.run()
+    assert found.tried["lora"]["taken"] == 1e-4
+    assert found.tried["lora"]["seeds"] == {"0.0001": 2, "0.001": 1}
+    assert "lr=0.001 is left out of the choice: 1 of 2 seeds" in caplog.text
 
 
 SEEDS = [  # validation scores of three seeds at 1e-4, 1e-3, 1e-2, and the rate that is taken

@@ -77,7 +77,7 @@ def test_a_run_that_fails_ends_no_other_and_is_made_again_alone(tiny, tmp_path, 
     (in_the_way / "notes.txt").write_text("")
     line = ["study", str(tmp_path), "--methods", "lora", "--seeds", "0,1", "--together", "2"]
     assert main([*line, *tiny.steady]) == 1
-    assert "1 runs failed, see" in capsys.readouterr().err
+    assert "1 run failed, see" in capsys.readouterr().err
     assert "exists already" in in_the_way.with_suffix(".log").read_text()
     assert (tmp_path / "runs" / "lora" / "seed-1" / WEIGHTS).is_file()
     (in_the_way / "notes.txt").unlink()

@@ -1,5 +1,6 @@
 """Language models are loaded from runs, adapter folders and folders of plain models."""
 
+import json
 import shutil
 
 import pytest
@@ -64,6 +65,24 @@ def test_a_model_that_does_not_write_is_refused(writers, tmp_path):
     (tmp_path / adapter.name).write_text(adapter.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
     with pytest.raises(InputError, match=r"SEQ_CLS.*`petl predict`"):
         load_language_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("lora", "llama"), ("mola", "llama"), ("t5-lora", "t5")]
+)
+def test_an_adapter_of_own_code_without_a_task_type_writes(writers, tmp_path, name, base):
+    shutil.copytree(writers.folder / name, tmp_path / "own")
+    file = tmp_path / "own" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    of = AutoConfig.from_pretrained(writers.folder / base).architectures[0]
+    for mapping in (None, {"base_model_class": of}):
+        file.write_text(json.dumps(config | {"task_type": None, "auto_mapping": mapping}))
+        model = load_language_model(tmp_path / "own")
+        assert answers(model, "default") == answers(writers.load(name), "default")
+    adapted = {"base_model_class": "LlamaForSequenceClassification"}  # of a folder of a decoder
+    file.write_text(json.dumps(config | {"task_type": None, "auto_mapping": adapted}))
+    with pytest.raises(InputError, match=r"without a task.*`petl predict`"):
+        load_language_model(tmp_path / "own")
 
 
 def test_a_link_out_of_a_model_folder_is_refused(writers, tmp_path):

@@ -88,6 +88,6 @@ def test_values_that_a_format_cannot_hold_are_refused(tmp_path):
         with pytest.raises(InputError, match=r"a bytes cannot be written as text; write to \.parq"):
             write(tmp_path / f"t{suffix}", [{"a": b"x"}])
     with pytest.raises(InputError, match=r"--out=t\.xls is not in a supported format"):
-        check_format("--out", tmp_path.__class__("t.xls"))
+        check_format(tmp_path.__class__("t.xls"))
     assert list(tmp_path.iterdir()) == []
     assert sorted(WRITERS) == [".csv", ".jsonl", ".parquet", ".tsv"]

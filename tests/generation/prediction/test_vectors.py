@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_fixtures import train
 from transformers import AutoTokenizer
 
@@ -21,6 +22,7 @@ from petl.errors import InputError
 from petl.generation.prediction.predictor import Predictor
 from petl.generation.prediction.vectors import (
     VectorFile,
+    load_embedder,
     nearest,
     quantized,
     read_corpus,
@@ -238,6 +240,109 @@ def test_files_of_vectors_and_the_search_in_them(run, tmp_path, capsys):
         nearest(predictor, texts, queries, 3, binary)
     with pytest.raises(InputError, match="for --dtype=int8, not float32"):
         write_vectors(saved, [str(corpus)], VectorFile(file, calibrate=str(corpus)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_vectors_of_other_texts_or_another_model_are_refused(run, families, tmp_path, dtype):
+    texts = [(str(i), f"{text} {word}") for i, text in enumerate(TEXTS) for word in ("cat", "dog")]
+    (tmp_path / "corpus.csv").write_text("\n".join(["text", *(text for _, text in texts)]))
+    saved, predictor, file = find(run.path), Predictor.load(run.path), tmp_path / "vectors.npy"
+    write_vectors(saved, [str(tmp_path / "corpus.csv")], VectorFile(file, dtype=dtype))
+    right = nearest(predictor, texts, ["green"], 2, file)
+    assert [hit.id for hit in right[0]] == [
+        hit.id for hit in nearest(predictor, texts, ["green"], 2)[0]
+    ]
+    changed = [*texts[:-1], ("7", "green bird green")]
+    for others, row in (([*texts[1:], texts[0]], 0), (changed, 7)):
+        with pytest.raises(InputError, match=rf"row {row} of .*{others[row][1][:20]}.*predict"):
+            nearest(predictor, others, ["green"], 2, file)
+    write_vectors(saved, [str(tmp_path / "corpus.csv")], VectorFile(file, "query", dtype))
+    with pytest.raises(InputError, match="row 0"):
+        nearest(predictor, texts, ["green"], 2, file)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', (", b"text"])
+def test_damaged_files_of_vectors_are_named(run, tmp_path, damage):
+    file = tmp_path / "vectors.npy"
+    file.write_bytes(damage)
+    with pytest.raises(InputError, match=rf"{file} cannot be read as vectors"):
+        nearest(Predictor.load(run.path), [("0", "a cat")], ["green"], 1, file)
+
+
+def test_texts_with_lone_surrogates_are_refused(run, capsys, tmp_path):
+    (tmp_path / "corpus.csv").write_text("text\na cat\n")
+    with pytest.raises(InputError, match="Unicode"):
+        petl.embed(run.path, ["a", "a \ud800 cat"])
+    with pytest.raises(InputError, match=r"row 2.*Unicode"):
+        petl.predict(run.path, [{"text": "a"}, {"text": "a \ud800 cat"}])
+    words = ["retrieve", str(run.path), str(tmp_path / "corpus.csv"), "--query"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "a \udced cat"])
+    assert "Unicode" in capsys.readouterr().err
+
+
+@pytest.fixture
+def plain(families, tmp_path):
+    """A folder that sentence-transformers has written."""
+    st = pytest.importorskip("sentence_transformers")
+    modules = st.sentence_transformer.modules
+    transformer = modules.Transformer(str(families.folder / "bert"))
+    pooling = modules.Pooling(transformer.get_embedding_dimension(), "mean")
+    model = st.SentenceTransformer(modules=[transformer, pooling], device="cpu")
+    model.similarity_fn_name = "dot"
+    model.save(str(tmp_path / "plain"))
+    return model, tmp_path / "plain"
+
+
+@pytest.mark.thorough
+def test_a_strangers_folder_has_the_vectors_and_similarities_of_sentence_transformers(plain):
+    model, folder = plain
+    predictor = load_embedder(folder)
+    found = petl.embed(predictor, TEXTS)
+    np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-5)
+    hits = nearest(predictor, [*zip("abcd", TEXTS, strict=True)], ["red"], 4)[0]
+    similar = model.similarity(model.encode(["red"]), model.encode(TEXTS))[0]
+    own = {hit.id: hit.similarity for hit in hits}
+    np.testing.assert_allclose([own[name] for name in "abcd"], similar, rtol=1e-4)
+
+
+@pytest.mark.thorough
+def test_the_length_of_a_strangers_texts_is_that_of_its_folder(plain, caplog):
+    model, folder = plain
+    longest = model[0].auto_model.config.max_position_embeddings
+    long = ["red green " * longest]
+    tokenizer = folder / "tokenizer_config.json"
+    given = json.loads(tokenizer.read_text())
+    assert longest <= 512
+    for length in (7, None):
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": length}))
+        tokenizer.write_text(json.dumps({**given, "model_max_length": length or int(1e30)}))
+        predictor = load_embedder(folder)
+        assert predictor.task.max_length == (length or longest)
+        assert petl.embed(predictor, long).shape == (1, 32)
+    assert not [each for each in caplog.records if "texts are cut" in each.message]
+
+
+@pytest.mark.thorough
+def test_models_without_a_layer_and_vectors_that_are_not_finite_are_refused(plain):
+    folder = plain[1]
+    weights = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "modules.json").rename(folder / "not_modules.json")
+    scorer = {**config, "architectures": ["BertForSequenceClassification"]}
+    (folder / "config.json").write_text(json.dumps(scorer))
+    with pytest.raises(InputError, match="is a model that scores texts"):
+        load_embedder(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "not_modules.json").rename(folder / "modules.json")
+    name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+    broken = {**weights, name: torch.full_like(weights[name], torch.nan)}
+    save_file(broken, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"4 of 4 texts a vector that is not finite.*a green cat"):
+        petl.embed(folder, TEXTS)
+    save_file({n: w for n, w in weights.items() if n != name}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"1 tensors are missing.*layer\.1\.output\.dense"):
+        load_embedder(folder)
 
 
 @pytest.mark.cells(2)

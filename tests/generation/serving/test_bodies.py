@@ -24,7 +24,7 @@ def message_of(kind, body) -> tuple[str, str | None]:
     ("body", "param", "message"),
     [
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "string or a"),
-        ({"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0", "ContentPart"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0", "be an object"),
         (
             {"messages": [{"role": "user", "content": [TEXT, {"type": "text", "text": 5}]}]},
             "messages.0.content.1.text",
@@ -39,6 +39,7 @@ def message_of(kind, body) -> tuple[str, str | None]:
         ({"messages": HI, "stop": ["a", "x" * 2000]}, "stop.1", "at most 1000 characters"),
         ({"messages": HI, "stop": 5}, "stop", "a valid string or a valid list"),
         ({"messages": HI, "temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"messages": HI, "max_tokens": 10**4000}, "max_tokens", "(4001 characters): Input should"),
         ({"messages": HI, "stream_options": {"x": 1}, "n": 0}, "n", "n=0"),
     ],
 )

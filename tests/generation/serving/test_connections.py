@@ -6,14 +6,11 @@ import resource
 import socket
 import time
 from contextlib import ExitStack
-from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import uvicorn
-from server_fixtures import started
-from uvicorn.server import ServerState
+from server_fixtures import connected, started
 
 from petl.cli.main import main
 from petl.generation.serving import connections
@@ -69,22 +66,6 @@ def test_headers_have_to_arrive_in_time(server):
             pass
         one.sendall(b"GET /health HTTP/1.1\r\n")
         assert one.recv(100) == b""
-
-
-def connected(app, clients):
-    """Run `clients(port, state)` beside a server of `app`."""
-
-    async def serve():
-        config, state = uvicorn.Config(app, log_config=None), ServerState()
-        config.load()
-        made = partial(connections.Connection, config=config, server_state=state, app_state={})
-        server = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
-        try:
-            await asyncio.wait_for(clients(server.sockets[0].getsockname()[1], state), 20)
-        finally:
-            server.close()
-
-    asyncio.run(serve())
 
 
 async def answered(scope, receive, send):

@@ -139,6 +139,22 @@ def test_what_llama_cpp_has_not_is_refused_and_bounds_hold(llama, fields, messag
     assert message in reply.json()["error"]["message"]
 
 
+def test_a_model_of_16_bits_computes_in_float32_for_a_while(writers):
+    folder = writers.folder / "llama"
+    narrow = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.load_state_dict(narrow.state_dict())
+    with torch.no_grad():
+        ids = torch.arange(40, 50)[None]
+        before, wanted = narrow(input_ids=ids).logits, model(input_ids=ids).logits
+        with llama_cpp.in_float32(narrow):
+            found = narrow(input_ids=ids).logits
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(narrow(input_ids=ids).logits, before)  # as it was
+    assert {each.dtype for each in narrow.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.thorough
 def test_the_command_serves_until_ctrl_c_and_leaves_no_files(writers, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()

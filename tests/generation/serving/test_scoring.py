@@ -1,16 +1,19 @@
 """Vectors and scores over HTTP: in the forms of OpenAI, Jina and Cohere; hostile requests."""
 
+import asyncio
 import base64
 import copy
 import itertools
+import json
 import threading
 
+import httpx
 import numpy as np
 import openai
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from server_fixtures import started
+from server_fixtures import connected, started
 from training_fixtures import train
 
 import petl
@@ -18,7 +21,7 @@ from petl.adapters.export.merge import merge
 from petl.adapters.export.saved_adapter import find
 from petl.cli.main import main
 from petl.generation.serving.app import build_app
-from petl.generation.serving.scoring import ScoringEngine, ScoringService, load_scoring
+from petl.generation.serving.scoring import ScoringEngine, ScoringService, load_scoring, scoring_of
 
 pytest_plugins = ["task_runs"]
 
@@ -109,6 +112,34 @@ def test_documents_are_ranked_by_their_scores(api, folders, name):
     assert shown["usage"]["total_tokens"] > 0
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("activation", [None, "torch.nn.modules.linear.Identity"])
+def test_rerankers_of_older_versions_have_a_configuration_alone(families, tmp_path, activation):
+    st = pytest.importorskip("sentence_transformers")
+    torch.manual_seed(0)
+    model = st.CrossEncoder(str(families.folder / "bert"), num_labels=1, device="cpu")
+    model.model.config.problem_type = None
+    model.model.save_pretrained(tmp_path / "old")
+    model.tokenizer.save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old/config.json").read_text())
+    config.pop("sentence_transformers", None)
+    more = {} if activation is None else {"sbert_ce_default_activation_function": activation}
+    (tmp_path / "old/config.json").write_text(json.dumps({**config, **more}))
+    assert scoring_of(str(tmp_path / "old")) == "reranking"
+    service = ScoringService(
+        load_scoring({"old": str(tmp_path / "old")}), ScoringEngine(max_batch=3, max_waiting=4)
+    )
+    with TestClient(build_app(service)) as client:
+        asked = {"model": "old", "query": "the cat", "documents": TEXTS}
+        results = client.post("/rerank", json=asked).json()["results"]
+    expected = st.CrossEncoder(str(tmp_path / "old"), device="cpu").predict(
+        [("the cat", text) for text in TEXTS]
+    )
+    assert [each["index"] for each in results] == np.argsort(-expected).tolist()
+    found = [each["relevance_score"] for each in results]
+    np.testing.assert_allclose(found, np.sort(expected)[::-1], atol=1e-5)
+
+
 def test_equal_documents_have_one_score_and_their_order(api, monkeypatch):
     scores = itertools.count()  # as rounding of batches may tell equal pairs apart
 
@@ -147,7 +178,8 @@ def test_documents_of_equal_probabilities_are_ranked_by_their_logits(api, servic
     [
         ("/v1/embeddings", {}, 400, "input is missing"),
         ("/v1/embeddings", {"input": []}, 400, "input="),
-        ("/v1/embeddings", {"input": ["a"] * 2049}, 400, "2,049 inputs in one request"),
+        ("/v1/embeddings", {"input": [5] * (2**20 + 1)}, 400, "input has 1,048,577 items"),
+        ("/v1/embeddings", {"input": ["a"] * 2049}, 400, "input has 2,049 items"),
         ("/v1/embeddings", {"input": [1, "a"]}, 400, "input"),
         ("/v1/embeddings", {"input": ""}, 400, "input has '' at place 0"),
         ("/v1/embeddings", {"input": ["a", " "]}, 400, "input has ' ' at place 1"),
@@ -161,6 +193,7 @@ def test_documents_of_equal_probabilities_are_ranked_by_their_logits(api, servic
             "dimensions=33 is more than the 32",
         ),
         ("/v1/embeddings", {"input": "a", "dimensions": 0}, 400, "dimensions=0"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 10**4000}, 400, "(4001 characters) is"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, 400, "encoding_format='hex'"),
         ("/v1/embeddings", {"input": "a", "truncate": True}, 400, "truncate"),
         ("/v1/embeddings", {"input": "a", "model": "embeder"}, 404, "'embeder'; did you mean"),
@@ -169,6 +202,8 @@ def test_documents_of_equal_probabilities_are_ranked_by_their_logits(api, servic
         ("/rerank", {"model": "reranker", "query": "a", "documents": []}, 400, "documents="),
         ("/rerank", {"model": "reranker", "query": "a", "documents": [{"t": 1}]}, 400, "documents"),
         ("/rerank", {"model": "reranker", "query": 1, "documents": ["b"]}, 400, "query=1"),
+        ("/rerank", {"model": "reranker", "query": " ", "documents": ["b"]}, 400, "query=' '"),
+        ("/rerank", {"query": "a", "documents": [{"text": "b"}] * 2049}, 400, "has 2,049 items"),
         ("/v1/chat/completions", {"messages": []}, 404, "available: /health, /v1/models"),
     ],
 )
@@ -176,6 +211,71 @@ def test_wrong_requests_are_refused(api, path, fields, status, message):
     reply = api.post(path, json={"model": "embedder", **fields})
     assert reply.status_code == status, reply.text
     assert message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "param", "message"),
+    [
+        (["b", 1], "documents.1", "documents.1=1: Input should be a text, or an object"),
+        (["b", ["c"]], "documents.1", "documents.1=['c']: Input should be a text, or an object"),
+        (["\ud800"], "documents.0.text", r"documents.0.text='\ud800': Input should be a valid"),
+    ],
+)
+def test_wrong_documents_are_named_without_classes(api, documents, param, message):
+    fields = {"model": "reranker", "query": "a", "documents": documents}
+    raw = json.dumps(fields).encode()
+    reply = api.post("/rerank", content=raw, headers={"content-type": "application/json"})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith(message)
+    assert "TextDocument" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/embeddings", {"input": [[1], *[None] * 5000]}),
+        ("/v1/embeddings", {"input": ["a", *[None] * 5000]}),
+        ("/rerank", {"query": "a", "documents": ["a", *[None] * 5000]}),
+    ],
+)
+def test_lists_that_are_too_long_are_refused_before_their_items_are_read(api, path, fields):
+    reply = api.post(path, json={"model": "embedder", **fields})
+    assert "has 5,001 items; allowed are 2,048" in reply.json()["error"]["message"]
+
+
+def test_empty_documents_have_scores(api):
+    body = {"model": "reranker", "query": "the cat", "documents": ["", "cat", " "]}
+    found = api.post("/rerank", json=body).json()["results"]
+    assert sorted(each["index"] for each in found) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("given", [np.nan, np.inf])
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_vectors_that_are_not_finite_are_an_error_that_names_the_input(
+    api, monkeypatch, given, encoding
+):
+    def vectors_of_tokens(predictor, rows):  # of the longest text of all
+        return np.array([[given if len(row) == 9 else 1.0] * 32 for row in rows], np.float32)
+
+    monkeypatch.setattr("petl.generation.serving.scoring.vectors_of_tokens", vectors_of_tokens)
+    rows = [[5] * number for number in (3, 9, 1, 2, 4)]
+    fields = {"model": "embedder", "input": rows, "encoding_format": encoding}
+    reply = api.post("/v1/embeddings", json=fields)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], error["param"]) == (500, "server_error", "input")
+    assert "input.1 is not finite" in error["message"]
+
+
+def test_scores_that_are_not_finite_are_an_error_that_names_the_document(api, monkeypatch):
+    def scores_of(predictor, rows):
+        return [np.nan if row["document"] == "cat" else 1.0 for row in rows], len(rows)
+
+    monkeypatch.setattr("petl.generation.serving.scoring.scores_of", scores_of)
+    body = {"model": "reranker", "query": "the cat", "documents": ["a", "the red dog", "cat", "b"]}
+    reply = api.post("/rerank", json=body)
+    assert reply.status_code == 500
+    assert "documents.2 is not finite" in reply.json()["error"]["message"]
 
 
 def test_numbers_of_a_reply_are_bounded(api, monkeypatch):
@@ -258,6 +358,87 @@ def test_requests_beyond_those_that_may_wait_are_refused(api, service, monkeypat
     for thread in threads:
         thread.join(60)
     assert sorted(statuses) == [200] * 5 + [429]
+    assert service.engine.waiting == 0
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Vectors of 2,048 numbers each, for a request of 40 MB of them."""
+
+    def vectors_of_tokens(predictor, rows):
+        return np.random.default_rng(0).random((len(rows), 2048), np.float32)
+
+    monkeypatch.setattr("petl.generation.serving.scoring.vectors_of_tokens", vectors_of_tokens)
+    monkeypatch.setattr("petl.generation.serving.scoring.width_of", lambda predictor: 2048)
+    return {"model": "embedder", "input": [[5]] * 1000}
+
+
+def asked(app, body, took):
+    """Send a request to the app; `took` gets each part of the reply, and may wait."""
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+    messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def given():
+        return messages.pop() if messages else await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await took(message)
+
+    return app(scope, given, send)
+
+
+def test_others_are_answered_between_the_parts_of_a_large_reply(api, wide, service):
+    parts, states = [], []
+
+    async def took(message):
+        parts.append(message["body"])
+        if message.get("more_body") and len(states) < 3:
+            transport = httpx.ASGITransport(api.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as other:
+                states.append((await other.get("/health")).json()["waiting"])
+
+    body = {**wide, "input": wide["input"][:20]}
+    asyncio.run(asked(api.app, body, took))
+    assert states == [1] * 3
+    assert max(map(len, parts)) < 2**18
+    found = [each["embedding"] for each in json.loads(b"".join(parts))["data"]]
+    assert np.asarray(found).shape == (20, 2048)
+    assert service.engine.waiting == 0
+
+
+def test_a_reply_keeps_its_place_until_its_client_has_read_it_or_is_gone(wide, service):
+    async def clients(port, state):
+        raw = json.dumps(wide).encode()
+        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: {len(raw)}\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**10)
+        writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
+        assert await reader.readexactly(1) == b"H"
+        connection = next(iter(state.connections))
+        while not connection.flow.write_paused:
+            await asyncio.sleep(0.01)
+        # of 40 MB no more is made than the client takes
+        assert connection.transport.get_write_buffer_size() < 2**18
+        assert service.engine.waiting == 1
+        writer.transport.abort()
+        while service.engine.waiting:
+            await asyncio.sleep(0.01)
+
+    connected(build_app(service), clients)
+
+
+def test_a_reply_that_is_read_too_slowly_ends(api, wide, service, monkeypatch):
+    monkeypatch.setattr("petl.generation.serving.connections.FLUSH_SECONDS", 0.05)
+    parts = []
+
+    async def took(message):
+        parts.append(message)
+        await asyncio.sleep(0.02)  # each part is read in time
+
+    asyncio.run(asked(api.app, wide, took))
+    assert len(parts) < 10
+    assert all(each.get("more_body") for each in parts)
     assert service.engine.waiting == 0
 
 

@@ -45,6 +45,20 @@ def test_loss_and_gradients_equal_explicit_sums(name, task):
     assert_same(gradients(model), expected)
 
 
+@pytest.mark.parametrize(
+    ("eps", "dtype", "warns"),
+    [(1e-7, torch.bfloat16, True), (1e-5, torch.bfloat16, False), (1e-7, torch.float32, False)],
+)
+def test_a_gradient_that_bfloat16_rounds_away_is_said(petl_log, eps, dtype, warns):
+    model, batch = lora(llama()), batch_of("llama-relu")
+    dense(model, eps=eps)
+    model.train()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            model(**batch)
+    assert petl_log.text.count("train.precision=no") == warns
+
+
 def test_the_term_alone_gives_the_adapter_a_gradient():
     """Without this, the tests of gradients could pass vacuously."""
     model, batch = lora(llama()), batch_of("llama-relu")

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from density_cases import gradients
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
@@ -35,12 +36,6 @@ def wrapped(method="lora", tiny="llama", **more):
 def nest(model, **fields):
     torch.manual_seed(7)
     return petl.losses.attach(model, NestedConfig(**fields))
-
-
-def gradients(model):
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def counted(tiny, batch):

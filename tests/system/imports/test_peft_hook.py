@@ -26,7 +26,7 @@ ORDERS = {
     "petl first": "import petl; from peft import PeftModel",
     "PEFT first": "from peft import PeftModel; import petl, importlib; importlib.reload(petl)",
     "Trainer is what imports PEFT": "import petl; from transformers import Trainer; import peft",
-    "a module of petl imports PEFT": "from petl.core.spec.method import LOSSES; import peft",
+    "a module of petl imports PEFT": "from petl.core.losses import LOSSES; import peft",
 }
 LOAD = """
 import sys, torch

@@ -72,7 +72,7 @@ def test_a_name_that_is_taken_names_both(site, caplog):
     load_plugins()
     (message,) = caplog.messages
     assert "guest-taken 1.0" in message
-    assert "method name 'mola' is taken by petl.methods.mola.MolaConfig" in message
+    assert "name 'mola' is taken by petl.methods.mola.MolaConfig" in message
     assert "choose another name for peft.tuners.lora.config.LoraConfig" in message
 
 

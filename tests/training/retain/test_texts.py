@@ -147,32 +147,32 @@ def test_each_problem_has_a_result_that_is_checked():
 
 
 def test_a_run_is_not_measured_on_texts_that_it_replayed(tmp_path):
-    every = texts_for(["bundled"], "--retain", CausalLM(), {})
+    every = texts_for(["bundled"], CausalLM(), {})
     own = {"data": "bundled", "mix": 0.1, "mix_data": None}
-    kept = texts_for(["bundled"], "--retain", CausalLM(), {"retain": own})
+    kept = texts_for(["bundled"], CausalLM(), {"retain": own})
     assert kept == halves(every)[0]
     # other texts were replayed: those of them that are among these
     file = tmp_path / "letters.jsonl"
     file.write_text("".join(f"{json.dumps({'text': text.upper()})}\n" for text in every[3:7]))
     others = {"retain": {**own, "mix_data": str(file)}}
-    assert texts_for(["bundled"], "--retain", CausalLM(), others) == every[:3] + every[7:]
+    assert texts_for(["bundled"], CausalLM(), others) == every[:3] + every[7:]
     with pytest.raises(InputError, match="all 4 texts were"):
-        texts_for([f"{tmp_path}/./letters.jsonl"], "--retain", CausalLM(), others)
+        texts_for([f"{tmp_path}/./letters.jsonl"], CausalLM(), others)
     with pytest.raises(UnsupportedError, match=r"--retain.*image_classification"):
-        texts_for(["bundled"], "--retain", ImageClassification(classes=["a", "b"]), {})
+        texts_for(["bundled"], ImageClassification(classes=["a", "b"]), {})
 
 
 def test_a_finished_run_is_not_measured_on_rows_that_it_trained_on(tmp_path, caplog):
-    every = texts_for(["bundled"], "--retain", CausalLM(), {})
+    every = texts_for(["bundled"], CausalLM(), {})
     file = tmp_path / "train.jsonl"
     file.write_text("".join(f"{json.dumps({'text': f' {text} '})}\n" for text in every[2:9]))
     files = {"source": "files", "name": "files", "train": str(file), "test": str(file)}
     settings = {"data": {**files, "task": "causal_lm"}, "retain": {"data": "bundled"}}
-    kept = texts_for(["bundled"], "--retain", CausalLM(), settings)
+    kept = texts_for(["bundled"], CausalLM(), settings)
     assert kept == every[:2] + every[9:]
     # files that are gone since do not keep anyone from measuring
     file.unlink()
-    assert texts_for(["bundled"], "--retain", CausalLM(), settings) == every
+    assert texts_for(["bundled"], CausalLM(), settings) == every
     assert "train.jsonl" in caplog.text
     gone = {"retain": {"data": "bundled", "mix": 0.1, "mix_data": str(file)}}
-    assert texts_for(["bundled"], "--retain", CausalLM(), gone) == every
+    assert texts_for(["bundled"], CausalLM(), gone) == every

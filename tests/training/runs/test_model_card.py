@@ -4,12 +4,15 @@ import json
 
 import pytest
 import yaml
+from image_text_fixtures import PAIRS, built
 from peft import LoraConfig
 from tiny_tokenizers import word_tokenizer
 
+from petl.data.models.loading import save_processor
 from petl.data.models.sources import read_source
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
+from petl.data.tasks.image_text import ImageText
 from petl.data.tasks.token_classification import TokenClassification
 from petl.system.files.paths import OnHub, origin_of
 from petl.training.runs.card_code import TEXT, Usage, placed
@@ -111,3 +114,25 @@ def test_the_code_for_tags_reads_tokens_as_the_training_did():
 def test_the_adapters_place_in_the_code_can_be_set():
     text = placed('\nadapter = "."  # this folder\nx\nmerged = "."  # this folder\n', "ada/verbs")
     assert text == '\nadapter = "ada/verbs"\nx\nmerged = "ada/verbs"\n'
+
+
+@pytest.mark.parametrize("kind", ["llava", "florence2", "t5gemma2"])
+def test_the_lines_for_images_print_the_whole_answer(kind, tmp_path, monkeypatch, capsys):
+    model, processor = built(kind)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    settings = {"name": "path", "source": "path", "path": str(tmp_path), "dtype": "float32"}
+    apart = True if kind in PAIRS else None
+    task = ImageText(max_length=256, apart=apart, generate=6)
+    save_processor(settings, task, tmp_path)
+    generate, answers = type(model).generate, []
+
+    def kept(*args, **words):
+        answers.append(generate(*args, **words)[0])
+        return answers[-1][None]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(type(model), "generate", kept)
+    exec(Usage(task, read_source(settings), None, "").code, {})
+    answer = answers[0] if apart else answers[0][-6:]
+    assert capsys.readouterr().out.strip("\n") == processor.decode(answer, skip_special_tokens=True)

@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from training_fixtures import Finished, launch, train, train_until_killed
 
+from petl.adapters.export.saved_adapter import find
 from petl.training.compose import compose
 from petl.training.distributed import precision, trial
 from petl.training.runs.resume import finished_run, identity, identity_of
@@ -122,3 +123,13 @@ def test_processes_that_would_choose_otherwise_have_the_precision_of_the_first(t
     assert ran.returncode == 0, ran.stderr
     assert stored(one) == "bf16"
     assert_equal_runs(Finished(two), Finished(one))
+
+
+def test_a_run_from_before_the_setting_is_scored_in_float32(tiny, tmp_path, machine):
+    short = ["+method=lora", "train.steps=1", "train.precision=no"]
+    run = train([*tiny.classify, *short], tmp_path / "run").path
+    kept = OmegaConf.load(run / "config.yaml")
+    del kept.train.precision
+    OmegaConf.save(kept, run / "config.yaml")
+    machine(has_bf16=True)
+    assert find(run).precision == "no"

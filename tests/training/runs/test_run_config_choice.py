@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 import petl
-from petl.core.spec.method import LOSSES, build_loss
+from petl.core.losses import build_loss
 from petl.core.support import Capability, conflicts
 from petl.errors import InputError
+from petl.system.imports.tables import LOSSES
 from petl.training.compose import compose
 from petl.training.distributed.launch import FSDP, DeepSpeed, Launch
 from petl.training.features import FEATURES, features_of

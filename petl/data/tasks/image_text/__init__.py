@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from petl.data.conversations import with_parts
 from petl.data.tasks import Message
 from petl.data.tasks.base import (
     IGNORED,
@@ -41,8 +42,9 @@ from petl.data.tasks.chat import (
     question,
     unpacked,
 )
-from petl.data.tasks.image_text.images import ImageSource, image_of
+from petl.data.tasks.image_text.images import ImageSource, image_of, noise_image
 from petl.data.tasks.image_text.prompt import (
+    IMAGE,
     ConversationEncoder,
     ImagePrompt,
     ImageTextProcessor,
@@ -54,6 +56,8 @@ from petl.system.values import field, integer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+LETTERS = 8  # of a random text
 
 
 @dataclass
@@ -136,7 +140,7 @@ class ImageText(DecoderTask[ImageTextProcessor], PairTask[ImageTextProcessor]):
         processor: ImageTextProcessor,
         messages: list[Message],
         images: list[str],
-        digests: list[str],
+        digests: Sequence[str | None],
     ) -> Row:
         """Encode one conversation; with `generate` also the prompt of the last answer."""
         encoder = encoder_of(processor, messages, images)
@@ -171,6 +175,15 @@ class ImageText(DecoderTask[ImageTextProcessor], PairTask[ImageTextProcessor]):
     def collate(self, processor: ImageTextProcessor, /, multiple: int = 1) -> Collate:
         """A collate function that reads the images of the rows, and pads tokens and labels."""
         return BatchOfConversations(processor, multiple, apart=bool(self.apart))
+
+    def random_batch(
+        self, processor: ImageTextProcessor, count: int, draw: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Inputs and labels of chats that each have a picture of noise and random letters."""
+        letters = torch.randint(ord("a"), ord("z") + 1, (count, LETTERS), generator=draw).tolist()
+        chats = [chat_about_image("".join(map(chr, each))) for each in letters]
+        rows = [self.encoded(processor, chat, [noise_image(draw)], [None]) for chat in chats]
+        return dict(self.collate(processor)(rows))
 
     def lengths(self, rows: Dataset) -> list[int]:
         """The number of tokens of each row, those of an answer of a decoder included."""
@@ -209,6 +222,13 @@ class ImageText(DecoderTask[ImageTextProcessor], PairTask[ImageTextProcessor]):
         """The prompt of the last answer of an encoded row, with its images."""
         images = [source for source, _ in json.loads(row["images"])[: row["_prompt_images"]]]
         return ImagePrompt(tuple(row["_prompt"]), row["_prompt_text"], tuple(images), processor)
+
+
+def chat_about_image(text: str) -> list[Message]:
+    """A conversation with an image, whose question and answer are one text."""
+    answer = {"role": "assistant", "content": text}
+    question = {"role": "user", "content": text}
+    return [with_parts(question, [{"type": IMAGE}, {"type": "text", "text": text}]), answer]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
+import torch
+
 from petl.data.tasks.media_files import decoded_image, image_size
 from petl.errors import InputError, shown
 from petl.system.files.disk import sha256
@@ -21,6 +23,7 @@ MAX_BYTES = 2**26  # 64 MiB of a file; assumption: no camera writes larger ones
 MAX_PIXELS = 2**26  # 67 million, which take 200 MB in memory; likewise
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # others run programs, or are rare
 DATA = "data:"
+NOISE = (48, 64)  # height and width of a random picture: any processor resizes it
 ImageSource = Union[str, "Image"]
 
 
@@ -32,6 +35,15 @@ def name_of(source: str) -> str:
 def is_data(source: str) -> bool:
     """Return True for a data URL."""
     return source[: len(DATA)].lower() == DATA
+
+
+def noise_image(draw: torch.Generator) -> str:
+    """A data URL of a picture of random colors."""
+    from PIL import Image
+
+    pixels = torch.randint(256, (*NOISE, 3), generator=draw, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(content := BytesIO(), "png")
+    return f"{DATA}image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def bytes_of(source: str, most: int = MAX_BYTES) -> bytes:

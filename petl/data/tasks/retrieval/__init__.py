@@ -114,6 +114,7 @@ class Retrieval(TextTask):
 
     def __post_init__(self) -> None:
         self._dense: DenseLayers | None = None  # until the base is known
+        self._plain: Folder | None = None  # of a model that no run has made
         self.packing: Packing | None = None  # until the model is known
         for name in OPTIONS:
             users = [loss for loss, kind in LOSSES.items() if name in kind.options]
@@ -144,6 +145,15 @@ class Retrieval(TextTask):
             self.query_prefix = query
         if self.document_prefix is None:
             self.document_prefix = document
+
+    def take_folder(self, folder: Folder) -> None:
+        """Compute as the folder of a model does that no run has made.
+
+        Raises:
+            InputError: it compares vectors in a way that is not supported.
+        """
+        folder.similarity()
+        self._plain = folder
 
     def adjust(self, model: PreTrainedModel) -> None:
         """Let the model return vectors, and the loss of a batch with the columns of `INPUTS`."""
@@ -190,6 +200,9 @@ class Retrieval(TextTask):
     @property
     def similarity(self) -> str:
         """How two vectors are compared: `dot` or `cosine`."""
+        given = None if self._plain is None else self._plain.similarity()
+        if given is not None:
+            return given
         # with `dims`, the loss has vectors of unit length as well
         is_product = LOSSES[self.loss].products and not self.normalize and self.dims is None
         return "dot" if is_product else "cosine"
@@ -287,8 +300,9 @@ class Retrieval(TextTask):
                 f"the text {empty!r} has no tokens with this model's tokenizer: remove the row"
             )
         end = tokenizer.eos_token_id
-        if self.pooling != "last" or end is None:
-            return ids
+        is_whole = self._plain is not None and self._plain.is_embedders
+        if self.pooling != "last" or end is None or is_whole:
+            return ids  # such a folder's tokenizer adds what is read
         return [own if own[-1] == end else [*own[: self.max_length - 1], end] for own in ids]
 
     def is_truncated(self, row: Row) -> bool:

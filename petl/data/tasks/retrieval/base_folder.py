@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from petl.data.tasks.base import BaseFiles
 from petl.data.tasks.retrieval.dense import DenseLayers
-from petl.errors import InputError
+from petl.errors import InputError, shown
 from petl.system.values import type_problem
 
 MODULES = "modules.json"
@@ -27,6 +27,13 @@ FLAGS = {
 OF_BASE = " of the base model"
 DOCUMENTS = ("document", "passage", "corpus")  # names that the prompt of documents has
 NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+OWN = "sentence_transformers."  # modules of other packages may compute anything
+SIMILARITIES = ("cosine", "dot")
+OF_RERANKERS = ("sentence_transformers", "sbert_ce_default_activation_function")  # in config.json
+ACTIVATIONS = {  # of the scores of a reranker: whether they are probabilities
+    "torch.nn.modules.activation.Sigmoid": True,
+    "torch.nn.modules.linear.Identity": False,
+}
 
 
 class Module(TypedDict):
@@ -49,11 +56,16 @@ class Lengths(TypedDict, total=False):
 
 
 class Folder:
-    """The folder of a base model, read as an embedding model's; it need not be one."""
+    """The folder of a base model, read as an embedding model's; it need not be one.
+
+    Attributes:
+        is_embedders: whether it has a list of modules.
+    """
 
     def __init__(self, base: BaseFiles) -> None:
         self.base = base
         content = base.json_file(MODULES)
+        self.is_embedders = content is not None
         self.modules = [] if content is None else modules_of(content, f"{MODULES}{OF_BASE}")
         self.paths = dict(self.modules)
 
@@ -66,12 +78,18 @@ class Folder:
             )
         names = [name for name, _ in self.modules]
         others = [name for name in names if name not in ORDER]
-        if others or names != sorted(names, key=ORDER.index):
+        is_whole = names.count("Transformer") == names.count("Pooling") == 1
+        in_order = not others and names == sorted(names, key=ORDER.index)
+        if self.is_embedders and not (in_order and is_whole and names.count("Normalize") < 2):
             raise InputError(
-                f"the base model has the modules {', '.join(names)}, and petl computes "
+                f"the base model has the modules {', '.join(names) or '[]'}, and petl computes "
                 f"{', '.join(ORDER)} in this order, of which there may be several Dense"
             )
-
+        if self.is_embedders and self.paths["Transformer"]:
+            raise InputError(
+                f"{MODULES}{OF_BASE} has its Transformer in {self.paths['Transformer']}, and petl "
+                "reads the one beside that file: save the model with sentence-transformers again"
+            )
         if self._lowers(LENGTHS) and not self._lowers(TOKENIZER):
             raise InputError(
                 f"{LENGTHS} of the base model has do_lower_case=true, and its tokenizer keeps "
@@ -125,19 +143,79 @@ class Folder:
 
     @property
     def is_cross_encoder(self) -> bool:
-        """True if the folder is that of a reranker."""
-        return self._config().get("model_type") == "CrossEncoder"
+        """True if the folder is that of a reranker; some have a configuration alone."""
+        kind = self._config().get("model_type")
+        if kind is not None or self.is_embedders:
+            return kind == "CrossEncoder"
+        config = self._read("config.json") or {}
+        if any(name in config for name in OF_RERANKERS):
+            return True
+        # what sentence-transformers opens as one; no classes and no values are named
+        is_scorer = bool(self.scores) and config.get("problem_type") is None
+        return is_scorer and len(config.get("id2label") or (0, 1)) == 1
+
+    @property
+    def scores(self) -> str:
+        """The class of a base model that scores texts or classifies them; "" of another one."""
+        kinds = (self._read("config.json") or {}).get("architectures") or [""]
+        return kinds[0] if str(kinds[0]).endswith("ForSequenceClassification") else ""
 
     @property
     def has_probabilities(self) -> bool:
-        """True if the scores of a reranker are probabilities."""
-        # the default of CrossEncoder
-        return str(self._config().get("activation_fn", "Sigmoid")).endswith("Sigmoid")
+        """True if the scores of a reranker are probabilities.
+
+        Raises:
+            InputError: it has another activation, further modules, or a prompt before each pair.
+        """
+        names = [name for name, _ in self.modules]
+        if names not in ([], ["Transformer"]):
+            raise InputError(
+                f"the reranker has the modules {', '.join(names)}, and petl computes Transformer"
+            )
+        name, prompts = self._config().get("default_prompt_name"), self._config().get("prompts")
+        if name is not None and (prompts or {}).get(name):
+            raise InputError(
+                f"the reranker puts the prompt {shown(name)} before each pair, which petl does not"
+            )
+        config = self._read("config.json") or {}
+        newer, older = (config.get(name) for name in OF_RERANKERS)
+        places = (self._config(), newer if isinstance(newer, Mapping) else {})
+        given = [*(place.get("activation_fn") for place in places), older]
+        name = next((each for each in given if each is not None), next(iter(ACTIVATIONS)))
+        if name not in ACTIVATIONS:
+            raise InputError(
+                f"the base model's activation_fn is {shown(name)}, and petl computes "
+                f"{' and '.join(ACTIVATIONS)}"
+            )
+        return ACTIVATIONS[name]
+
+    def similarity(self) -> str | None:
+        """How vectors are compared, `cosine` or `dot`; None if the folder does not say.
+
+        Raises:
+            InputError: in another way.
+        """
+        name = self._config().get("similarity_fn_name")
+        if name is not None and name not in SIMILARITIES:
+            raise InputError(
+                f"{PROMPTS}{OF_BASE} has similarity_fn_name={shown(name)}, and petl compares "
+                f"vectors by {' and '.join(SIMILARITIES)}"
+            )
+        return name
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of a text at most; None if the folder does not say."""
-        return (self._read(LENGTHS, Lengths) or {}).get("max_seq_length")
+        """Tokens of a text at most; None if the folder does not say.
+
+        Raises:
+            InputError: it is below 2.
+        """
+        given = (self._read(LENGTHS, Lengths) or {}).get("max_seq_length")
+        if given is not None and given < 2:
+            raise InputError(
+                f"{LENGTHS}{OF_BASE} has max_seq_length={given}: a text has 2 tokens and more"
+            )
+        return given
 
     def _config(self) -> Mapping[str, Any]:
         return self._read(PROMPTS, Prompts) or {}
@@ -161,6 +239,15 @@ def modules_of(content: object, place: str) -> list[tuple[str, str]]:
     outside = [p for p in paths if Path(p).is_absolute() or ".." in Path(p).parts]
     if outside:
         raise InputError(f"{place} names {outside[0]}, which leads out of its folder")
+    again = [path for i, path in enumerate(paths) if path in paths[:i]]
+    if again:
+        raise InputError(f"{place} names the folder {shown(again[0])} twice")
+    strange = [each["type"] for each in modules if not each["type"].startswith(OWN)]
+    if strange:
+        raise InputError(
+            f"{place} has a module of type {shown(strange[0])}, whose code petl does not have: it "
+            f"computes modules of {OWN[:-1]}"
+        )
     # such as sentence_transformers.models.Pooling: the last word is the same in all versions
     return [(each["type"].rpartition(".")[2], each["path"]) for each in modules]
 

@@ -146,6 +146,11 @@ class DenseLayers:
                     f"{path}/{WEIGHTS} of the base model has {shapes or 'no tensors'}, and its "
                     f"config.json needs {wanted}: save the model with sentence-transformers again"
                 )
+            if not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
+                raise InputError(
+                    f"{path}/{WEIGHTS} of the base model has tensors with other values than finite "
+                    "floats: save the model with sentence-transformers again"
+                )
             layer.load_state_dict(tensors, assign=True)
             layers.append(layer)
         return DenseStack(layers)

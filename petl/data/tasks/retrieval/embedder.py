@@ -31,7 +31,7 @@ from petl.ops.retrieval import (
     supervised,
     triplet,
 )
-from petl.ops.retrieval.cached import random_state, set_random_state
+from petl.system.random_states import restore, states
 
 # positions that are computed in the time that a pass takes beside them: of MiniLM with LoRA,
 # forward and backward, a core needs 22 ms a pass and 0.59 ms a position, in bfloat16 42 and 0.23
@@ -329,27 +329,27 @@ def whole_step(
         weighted: micro-batches with their weight in the loss.
         forward: a pass without graph.
     """
-    states, leaves, texts = [], [], []
+    before, leaves, texts = [], [], []
     for batch, weight in weighted:
         inputs = {name: t for name, t in batch.items() if name not in task.label_columns}
         # before the pass: the one with a graph draws the same numbers again
-        states.append(random_state(_device()))
+        before.append(states(_device()))
         # new leaves: the gradient of the loss ends at the vectors
         vectors = forward(inputs).sentence_embedding.detach()
         vectors = (vectors if vectors.dtype == torch.float64 else vectors.float()).requires_grad_()
         leaves.append(vectors)
         own = {name: t.to(vectors.device) for name, t in batch.items() if name not in inputs}
         texts.append((Texts.of(vectors, own), own["labels"] if weight else 0 * own["labels"]))
-    after = random_state(_device())
+    after = states(_device())
     everything = everybodys(_joined([t for t, _ in texts]), torch.cat([w for _, w in texts]))
     value = _loss(task, everything)
     gradients = torch.autograd.grad(value, leaves)
-    for (batch, weight), state, gradient in zip(weighted, states, gradients, strict=True):
-        set_random_state(state, _device())
+    for (batch, weight), state, gradient in zip(weighted, before, gradients, strict=True):
+        restore(state, _device())
         # the loop multiplies by the weight; a micro-batch of weight 0 takes part in nothing
         scaled = gradient / weight if weight else torch.zeros_like(gradient)
         yield {**batch, "gradient": scaled, "value": value.detach()}, weight
-    set_random_state(after, _device())
+    restore(after, _device())
 
 
 def _device() -> torch.device:

@@ -37,11 +37,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from petl.core.layers.context import ForwardContext
-from petl.core.losses import extra_losses, loss_list
+from petl.core.losses import WRAP_ONLY, extra_losses, loss_list, register_loss
 from petl.core.model.heat_map import HeatMap, of_layers
 from petl.core.model.modes import evaluation_mode, has_enabled_adapter
 from petl.core.spec.config import require
-from petl.core.spec.method import WRAP_ONLY, register_loss
 from petl.core.support import Capability
 from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
@@ -57,6 +56,7 @@ from petl.system.files.disk import as_json, write_atomic
 
 __all__ = ["ActivationDensity", "ActivationDensityConfig"]
 
+PRECISE = 1e-5  # eps from which on bfloat16's gradients are float32's, to a cosine of 0.96 and more
 NEVER_ZERO = "exact zeros never occur with silu"
 FILE = "density.json"
 logger = logging.getLogger(__name__)
@@ -195,6 +195,13 @@ class ActivationDensity:
         # nothing to train through this activation
         if not (torch.is_grad_enabled() and a.requires_grad and self.config.weight > 0):
             return a
+        if eps < PRECISE and a.dtype.itemsize < 4:
+            self._log_once(
+                f"eps={eps:g} of the density loss in {a.dtype}: its gradient comes from values "
+                "near 0, which such numbers round away, and is mostly noise; set "
+                f"train.precision=no, or loss.eps={PRECISE:g} or more",
+                logging.WARNING,
+            )
         return count_in_loss(a, layer, eps, mask, tally)
 
     def _refuse_reentrant(self) -> None:
@@ -332,10 +339,10 @@ class ActivationDensity:
             self._log_once(f"density counts exact nonzeros, but {NEVER_ZERO}: set loss.threshold")
         return metrics
 
-    def _log_once(self, text: str) -> None:
+    def _log_once(self, text: str, level: int = logging.INFO) -> None:
         if text not in self.logged:
             self.logged.add(text)
-            logger.info(text)
+            logger.log(level, text)
 
     def _no_sparsity(self) -> str:
         """The reason why a report has no PPL-p% sparsity, or ""."""

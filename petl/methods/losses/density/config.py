@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from petl.core.losses import LossConfig
 from petl.core.registry import METHODS
 from petl.core.spec.config import config_field, require
-from petl.core.spec.method import LossConfig
 from petl.errors import choose
 
 SIGNALS = ("activation", "down_input")

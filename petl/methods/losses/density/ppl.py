@@ -31,6 +31,7 @@ from petl.core.spec.config import require
 from petl.core.types import Record
 from petl.errors import InputError, UnsupportedError
 from petl.methods.losses.density.tokens import inputs_of
+from petl.ops import IGNORED
 
 Batch = Mapping[str, Any]
 TokenMask = Callable[[str, Batch, Tensor], Tensor | None]
@@ -136,7 +137,7 @@ class Search:
                 f"ppl_sparsity needs labels of tokens or classes in every batch, and one has {kind}"
             )
         loss = self.model(**batch).loss
-        count = counted_labels(self.base, inputs["labels"], inputs).ne(-100).sum()
+        count = counted_labels(self.base, inputs["labels"], inputs).ne(IGNORED).sum()
         # the model's loss is a mean, which is NaN without labels: weigh it by their number
         summed = loss.double() * count if count else torch.zeros_like(loss, dtype=torch.float64)
         return torch.stack([summed, count.double()]).cpu()

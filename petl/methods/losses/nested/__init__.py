@@ -46,11 +46,10 @@ from petl.core.adapter_widths.cuts import step_of
 from petl.core.adapter_widths.record import Nested, remember
 from petl.core.adapter_widths.switch import Narrowed, active_name, widths_of
 from petl.core.layers.context import ForwardContext
-from petl.core.losses import extra_losses, loss_list
+from petl.core.losses import extra_losses, loss_list, register_loss
 from petl.core.model.heat_map import HeatMap
 from petl.core.model.modes import checkpoints_reentrantly, has_enabled_adapter
 from petl.core.model.structure import blocks
-from petl.core.spec.method import register_loss
 from petl.core.support import Capability
 from petl.efficiency.segment_loss import SegmentLoss
 from petl.errors import InputError, UnsupportedError
@@ -77,6 +76,7 @@ def comparing_logits(config: NestedConfig) -> str:
     summary="trains an adapter whose first k components work alone, for each k of a list",
     paper="Aich et al. 2023, Efficient Controllable Multi-Task Architectures, ICCV, "
     "arXiv:2308.11744",
+    features=("petl.methods.losses.nested.run:WidthScores",),
 )
 class NestedWidths:
     """The term of a smaller width of a PeftModel, available as `model.nesting`.

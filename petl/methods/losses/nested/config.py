@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from petl.core.adapter_widths.components import SCALES
+from petl.core.losses import LossConfig
 from petl.core.registry import METHODS
+from petl.core.spec.components import SCALES
 from petl.core.spec.config import config_field, require
-from petl.core.spec.method import LossConfig
 from petl.errors import choose
 
 DISTANCES = ("kl", "mse", "features")

@@ -26,6 +26,7 @@ from petl.core.tuners.asking import AskingTuner
 from petl.core.types import Arguments
 from petl.errors import UnsupportedError
 from petl.methods.losses.nested.config import NestedConfig
+from petl.ops import IGNORED
 
 Run = Callable[..., object]
 # arguments without rows, whatever their sizes, and those that a pass of its own does not take
@@ -158,7 +159,7 @@ class SmallPass:
         """Return the positions that count: with a label, else those of the mask; None: all."""
         labels = self.inputs.get("labels")
         if labels is not None and not labels.is_floating_point():
-            counted = counted_labels(self.base, labels, self.inputs).ne(-100)
+            counted = counted_labels(self.base, labels, self.inputs).ne(IGNORED)
             # of a causal model: the last token predicts none
             if counted.dim() == 2 and len(shape) == 2 and counted.shape[1] == shape[1] - 1:
                 counted = F.pad(counted, (0, 1))

@@ -95,6 +95,19 @@ def test_the_prompt_of_documents_has_the_names_that_sentence_transformers_looks_
             "Softmax.*Tanh",
         ),
         ({"sentence_bert_config.json": {"do_lower_case": True}}, "do_lower_case=true"),
+        ({"modules.json": []}, r"\[\]"),
+        ({"modules.json": [TRANSFORMER]}, "Transformer"),
+        (folder({"pooling_mode": "mean"}, POOLING), "1_Pooling.*twice"),
+        (folder({"pooling_mode": "mean"}, {**POOLING, "path": "2"}), "Pooling, Pooling"),
+        (
+            folder({"pooling_mode": "mean"}, NORMALIZE, {**NORMALIZE, "path": "3"}),
+            "Normalize, Normalize",
+        ),
+        (folder({"pooling_mode": "mean"}, {**NORMALIZE, "type": "own.Normalize"}), "own.Normalize"),
+        (
+            {"modules.json": [{**TRANSFORMER, "path": "0_Transformer"}, POOLING]},
+            "0_Transformer.*save",
+        ),
     ],
 )
 def test_what_petl_does_not_compute_is_refused(files, words):
@@ -138,6 +151,85 @@ def test_files_beside_the_weights_are_read_within_bounds(tmp_path, content):
     source = read_source({"name": "own", "source": "path", "path": str(tmp_path)})
     with pytest.raises(InputError, match=rf"{tmp_path}/modules\.json cannot be"):
         Retrieval().take_base(source)
+
+
+def of(**files) -> Folder:
+    names = {"config": "config.json", "modules": "modules.json"}
+    names |= {"st": "config_sentence_transformers.json", "lengths": "sentence_bert_config.json"}
+    content = {names[name]: value for name, value in files.items()}
+    return Folder(SimpleNamespace(json_file=content.get))
+
+
+SCORER = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+SIGMOID, IDENTITY, RELU = (
+    f"torch.nn.modules.{name}" for name in ("activation.Sigmoid", "linear.Identity", "ReLU")
+)
+
+
+@pytest.mark.parametrize(
+    ("files", "is_reranker"),
+    [
+        ({"st": {"model_type": "CrossEncoder"}}, True),
+        ({"st": {"model_type": "SentenceTransformer"}, "config": SCORER}, False),
+        ({"config": SCORER}, True),
+        ({"config": {**SCORER, "sentence_transformers": {}}}, True),
+        ({"config": {**SCORER, "problem_type": "regression"}}, False),
+        ({"config": {**SCORER, "id2label": {"0": "no", "1": "yes"}}}, False),
+        ({"config": {"architectures": SCORER["architectures"]}}, False),  # two classes
+        ({"config": {**SCORER, "architectures": ["BertModel"]}}, False),
+        ({"config": {"id2label": {"0": "LABEL_0"}}}, False),
+        ({}, False),
+    ],
+)
+def test_folders_of_rerankers(files, is_reranker):
+    assert of(**files).is_cross_encoder is is_reranker
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, True),
+        ({"st": {"activation_fn": IDENTITY}}, False),
+        ({"st": {"activation_fn": SIGMOID}, "config": {"sentence_transformers": {}}}, True),
+        ({"config": {"sentence_transformers": {"activation_fn": IDENTITY}}}, False),
+        ({"config": {"sbert_ce_default_activation_function": IDENTITY}}, False),
+        ({"st": {"activation_fn": RELU}}, None),
+        ({"config": {"sbert_ce_default_activation_function": "os.system"}}, None),
+    ],
+)
+def test_scores_of_a_reranker_are_logits_or_probabilities(files, expected):
+    if expected is None:
+        with pytest.raises(InputError, match=f"activation_fn.*{SIGMOID} and {IDENTITY}"):
+            assert of(**files).has_probabilities
+    else:
+        assert of(**files).has_probabilities is expected
+
+
+def test_what_a_reranker_computes_beyond_its_scores_is_refused():
+    assert of(st={"prompts": {"web": "Q: "}}, modules=[TRANSFORMER]).has_probabilities
+    logits = {"type": "sentence_transformers.cross_encoder.modules.LogitScore", "path": "1"}
+    with pytest.raises(InputError, match="Transformer, LogitScore"):
+        assert of(modules=[TRANSFORMER, logits]).has_probabilities
+    with pytest.raises(InputError, match="web"):
+        assert of(st={"prompts": {"web": "Q: "}, "default_prompt_name": "web"}).has_probabilities
+
+
+def test_vectors_are_compared_as_the_folder_says():
+    assert of().similarity() is None
+    for name in ("cosine", "dot"):
+        given = of(st={"similarity_fn_name": name})
+        task = Retrieval(loss="in_batch", normalize=name == "dot")
+        task.take_folder(given)
+        assert given.similarity() == task.similarity == name
+    with pytest.raises(InputError, match=r"manhattan.*cosine and dot"):
+        Retrieval().take_folder(of(st={"similarity_fn_name": "manhattan"}))
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1])
+def test_texts_have_two_tokens_at_least(length):
+    assert of(lengths={"max_seq_length": 2}).max_length == 2
+    with pytest.raises(InputError, match=f"max_seq_length={length}"):
+        assert of(lengths={"max_seq_length": length}).max_length
 
 
 def test_a_length_that_is_no_number_is_refused(tmp_path):

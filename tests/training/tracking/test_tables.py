@@ -1,9 +1,10 @@
-"""Tables of predictions for trackers."""
+"""Tables of predictions for trackers, and the classes that no prediction has."""
 
 import json
 
-from petl.training.runs import prediction_tables
-from petl.training.runs.prediction_tables import never_predicted, tables_of
+from petl.training.runs.predicted_classes import never_predicted
+from petl.training.tracking import tables as tracked
+from petl.training.tracking.tables import tables_of
 
 
 def write(folder, *lines, name="predictions.jsonl"):
@@ -19,13 +20,13 @@ def classified(row, label, prediction):
 def test_classes_have_a_table_of_predictions_and_the_confusion_matrix(tmp_path, monkeypatch):
     pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("b", "b")]
     write(tmp_path, *(classified(i, *pair) for i, pair in enumerate(pairs)))
-    monkeypatch.setattr(prediction_tables, "ROWS", 3)
+    monkeypatch.setattr(tracked, "ROWS", 3)
     tables = tables_of(tmp_path)
     predictions = tables["predictions"]
     assert predictions.columns[:4] == ["row", "text", "label", "prediction"]
     assert len(predictions.rows) == 3  # bounded
     assert predictions.rows[1][0] == 1
-    assert len(predictions.rows[0][1]) == prediction_tables.LONGEST
+    assert len(predictions.rows[0][1]) == tracked.LONGEST
     assert predictions.rows[0][-1] == '{"a": 0.5, "b": 0.5}'
     confusion = tables["confusion matrix"]  # of all rows
     assert (confusion.columns, confusion.rows) == (["label", "a", "b"], [["a", 1, 1], ["b", 0, 2]])

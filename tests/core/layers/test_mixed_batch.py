@@ -8,7 +8,7 @@ import torch
 
 import petl
 from petl import testing
-from petl.core.serving.mixed_batch import AdapterRows, PreparedBatch, group_size, grouped
+from petl.core.layers.mixed_batch import AdapterRows, PreparedBatch, group_size, grouped
 from petl.methods import mos
 from petl.testing import Case
 

@@ -1,44 +1,16 @@
-"""Tables of a run's predictions, for trackers: predictions, answers, confusion matrix."""
+"""Classes in the predictions of a run: which lines have them, and which are never predicted."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from petl.data.base import BALANCED
 from petl.system.files.read import iterate_json_lines
-from petl.training.runs.records import BEFORE, PREDICTIONS, of_task
-from petl.training.tracking import TrackerTable
+from petl.training.runs.records import of_task
 
-ROWS = 1000  # of the test examples that a table shows; the file in the run's folder has all
-CLASSES = 50  # of a confusion matrix; it has a column for each
 NAMED = 5  # classes that a line names
-LONGEST = 2000  # characters of a cell
 Line = Mapping[str, Any]
-
-
-def tables_of(run: Path) -> dict[str, TrackerTable]:
-    """Return the tables of a finished run by name; none without predictions.
-
-    Raises:
-        InputError: a file of predictions is damaged.
-    """
-    if not (run / PREDICTIONS).exists():
-        return {}
-    lines = list(islice(lines_of(run / PREDICTIONS), ROWS))
-    before = run / BEFORE
-    if before.exists():
-        earlier = {line["row"]: line.get("prediction") for line in lines_of(before)}
-        lines = [{**line, "before": earlier.get(line["row"])} for line in lines]
-    tables = {"predictions": table(lines)} if lines else {}
-    confusion = Counter(pair for line in lines_of(run / PREDICTIONS) for pair in classes_of(line))
-    names = sorted({name for pair in confusion for name in pair})
-    if 0 < len(names) <= CLASSES:
-        rows = [[one, *(confusion[one, other] for other in names)] for one in names]
-        tables["confusion matrix"] = TrackerTable(["label", *names], rows)
-    return tables
 
 
 def never_predicted(file: Path, settings: Mapping[str, Any] | None = None) -> str:
@@ -78,26 +50,6 @@ def never_predicted(file: Path, settings: Mapping[str, Any] | None = None) -> st
 def lines_of(file: Path) -> Iterator[Line]:
     """Yield the lines of a file of predictions."""
     return iterate_json_lines(file, dict[str, Any])
-
-
-def table(lines: Iterable[Line]) -> TrackerTable:
-    """Return lines as a table; a cell is empty if a line has no such entry."""
-    lines = list(lines)
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    # of one type each, as trackers want it
-    numeric = {c: all(isinstance(line.get(c), int | float) for line in lines) for c in columns}
-    rows = [[cell(line.get(c), numeric=numeric[c]) for c in columns] for line in lines]
-    return TrackerTable(columns, rows)
-
-
-def cell(value: object, *, numeric: bool) -> object:
-    """Return a value as a number or as text."""
-    if numeric:
-        return value
-    if value is None:
-        return ""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text[:LONGEST]
 
 
 def classes_of(line: Line) -> Iterator[tuple[str, str]]:

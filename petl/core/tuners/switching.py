@@ -39,12 +39,12 @@ from petl.core.layers.class_swap import (
     swap_class,
 )
 from petl.core.layers.layer import AdapterLayer
+from petl.core.layers.mixed_batch import AdapterRows, KeptRows
+from petl.core.layers.norms import TrainedNorm
 from petl.core.layers.task_rows import ARGUMENT, PASSED, pass_task_ids
 from petl.core.parameters import is_norm, refuse_shared_targets
-from petl.core.serving.mixed_batch import AdapterRows, KeptRows
 from petl.core.spec.checks import check_adapter_name
 from petl.core.spec.facts import facts_of
-from petl.core.switching.norms import TrainedNorm
 from petl.errors import UnsupportedError
 
 # one thread hides entries at a time; one lock for all tuners, since a lock cannot be copied or

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from petl import testing
-from petl.core.serving.mixed_batch import stacked
+from petl.core.layers.mixed_batch import stacked
 from petl.testing import Case
 
 FORMS = {

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import delete_adapter, set_adapter, set_requires_g
 import petl
 from petl import testing
 from petl.core.compat import BaseTuner, BaseTunerLayer
-from petl.core.switching.tuner import hosts_of, layers_of
+from petl.core.tuners.switching import hosts_of, layers_of
 from petl.errors import UnsupportedError
 from petl.testing import Case
 

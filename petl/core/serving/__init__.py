@@ -1,1 +1,0 @@
-"""Batches whose rows use different adapters."""

@@ -1,1 +1,0 @@
-"""Adding, switching, loading and deleting among many adapters of one model."""
