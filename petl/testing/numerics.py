@@ -41,8 +41,9 @@ def _check_half(case: Case, model: PeftModel, dtype: torch.dtype) -> None:
     # the same adapter in both precisions
     set_peft_model_state_dict(model, get_peft_model_state_dict(full))
     half = case.base().bfloat16()
-    # Mamba's are float32 in any case
-    assert model(**batch).logits.dtype == half(**batch).logits.dtype
+    # Mamba's are float32 in any case; a head that keeps float32 may return its scores as they are
+    found, base = (m(**batch).logits.dtype for m in (model, half))
+    assert found in {base, expected}, f"the logits are {found}: with the base alone, {base}"
     # effects, not logits: rounding of the base model would dominate
     _assert_same_effect(case, logits(model, batch), logits(half, batch), full)
     losses = train(model.train(), batch, steps=3, lr=case.lr).losses
