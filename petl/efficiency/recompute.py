@@ -82,6 +82,11 @@ def _product(a: Tensor, up: Tensor | None) -> Tensor:
     return a if up is None else a * up
 
 
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return `function(x)`, of which only `x` is saved for backward: nothing else of it trains."""
+    return _ActivationProduct.apply(function, x, None)
+
+
 class _SavedView(NamedTuple):
     """Saved in place of a tensor: node and view (size, stride, offset) of its output."""
 
@@ -156,7 +161,7 @@ class _Intermediate(SwappedClass):
         act = self.intermediate_act_fn
         if not _can_recompute(act):
             return super().forward(hidden_states)
-        return _ActivationProduct.apply(act, self.dense(hidden_states), None)
+        return recomputed(act, self.dense(hidden_states))
 
 
 class _MlpOutput(SwappedClass):

@@ -32,7 +32,7 @@ from petl.core.tuners.asking import computes_by_position
 from petl.core.types import Arguments, base_of
 from petl.efficiency.recompute import gated_mlp
 from petl.efficiency.rewrite import Rewrite, Value
-from petl.efficiency.tokens.channels import KeptMlp
+from petl.efficiency.tokens.channels import KeptMlp, RecomputedNorm, norms_in
 from petl.efficiency.tokens.elimination import (
     Scorer,
     TokenAttention,
@@ -112,7 +112,7 @@ class DropTokens(Rewrite):
     capability = Capability.TOKENS
     saves = "attention of upper layers computes a part of the tokens"
     only_trains = True
-    mixins = (TokenBlock, TokenAttention, KeptMlp)
+    mixins = (TokenBlock, TokenAttention, KeptMlp, RecomputedNorm)
 
     def __init__(self, settings: TokenSettings) -> None:
         self.settings = settings
@@ -145,6 +145,8 @@ class DropTokens(Rewrite):
         for mlp in mlps:
             swap_class(mlp, KeptMlp)
             cast(KeptMlp, mlp).mlp_keep = settings.mlp_keep
+        for norm in (norm for layer in layers.values() for norm in norms_in(layer.module) if mlps):
+            swap_class(norm, RecomputedNorm)
         return len(layers)
 
     def mlps(self, layers: Mapping[int, Layer]) -> list[nn.Module]:

@@ -1,7 +1,8 @@
 """A gated MLP that keeps a part of its channels for backward.
 
 The forward pass is exact. Of gate and up only the channels with the largest norms are kept, and
-backward takes the others for 0, as inputs of the last layer too, which biases the gradients.
+backward takes the others for 0, as inputs of the last layer too, which biases the gradients. The
+inputs of gate and up are computed again from those of the norm before them, exactly.
 
 Shapes: P tokens of all rows, F channels, K channels that are kept.
 """
@@ -11,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from petl.core.layers.class_swap import SwappedClass
-from petl.efficiency.recompute import Recomputable, saved_as_recipe
+from petl.core.layers.class_swap import SwappedClass, forward_code
+from petl.core.parameters import is_norm
+from petl.efficiency.recompute import Recomputable, recomputed, saved_as_recipe
 from petl.ops import Ctx
 
 
@@ -76,7 +78,32 @@ class KeptMlp(SwappedClass):
     def forward(self: Any, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return super().forward(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        with saved_as_recipe(x):
+            gate, up = self.gate_proj(x), self.up_proj(x)
         product = _KeptChannels.apply(self.act_fn, self.mlp_keep, gate, up)
         with saved_as_recipe(product):
             return self.down_proj(product)
+
+
+class RecomputedNorm(SwappedClass):
+    """Mixin for a norm without bias, whose output `KeptMlp` does not keep."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        trains = any(weight.requires_grad for weight in self.parameters())
+        if trains or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        return recomputed(super().forward, x)
+
+
+def norms_in(layer: nn.Module) -> list[nn.Module]:
+    """Return the RMS norms of the hidden states of a layer.
+
+    Not LayerNorm: its dtype is autocast's, which a backward pass does not have.
+    """
+    found = []
+    for norm in layer.children():
+        code = forward_code(norm)
+        takes_one = code is not None and code.co_argcount == 2
+        if takes_one and is_norm(norm) and getattr(norm, "bias", None) is None:
+            found.append(norm)
+    return found

@@ -320,6 +320,33 @@ def test_all_channels_kept_are_the_whole_gradient_in_float64():
     torch.testing.assert_close(gradients(model), wanted, atol=1e-14, rtol=1e-12)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_inputs_of_an_mlp_that_keeps_channels_are_computed_again(name, trained):
+    model, inputs = model_for(name, r=4, target_modules=["gate_proj", "up_proj"]), batch()
+    layers = model.get_base_model().model.layers
+    for norm_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or (trained and "layernorm" in norm_name))
+    model(**inputs).loss.backward()
+    wanted = gradients(model)
+    petl.drop_tokens(model, keep=1.0, mlp_keep=0.99)
+    given, kept = {}, set()
+    for number, layer in enumerate(layers):
+        keep_input = lambda _, args, n=number: given.update({n: args[0]})  # noqa: E731
+        layer.mlp.register_forward_pre_hook(keep_input)
+    pack = lambda x: [kept.add(x.data_ptr()), x][1]  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(**inputs).loss
+    assert [given[number].data_ptr() in kept for number in range(4)] == [
+        True,
+        True,
+        trained,
+        trained,
+    ]
+    loss.backward()
+    torch.testing.assert_close(gradients(model), wanted, atol=1e-7, rtol=1e-6)
+
+
 def test_other_mlps_recompute_and_those_with_fewer_channels_stay():
     model, inputs = model_for("llama"), batch()
     petl.drop_tokens(model, keep=KEEP, block=BLOCK, mlp_keep=0.5)
