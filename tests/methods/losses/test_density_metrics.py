@@ -197,7 +197,8 @@ def test_ppl_sparsity_follows_from_its_thresholds():
         assert found["activation_ratio"] == pytest.approx(1 - found["sparsity"])
         for name, threshold in found["thresholds"].items():
             weight = effective(model.get_base_model().get_submodule(name))
-            cost = cett(weight, acts[name], threshold)
+            # a neuron of just this strength is kept, and its norm here may be rounded below it
+            cost = cett(weight, acts[name], threshold * (1 - 1e-6))
             assert cost <= found["cett"] + 1e-5
             assert cost >= 0.97 * found["cett"]  # as close as single neurons allow
         assert found["sparsity"] >= last
