@@ -2,14 +2,17 @@
 
 Two rules. Where no draft is right, passes cost more than plain ones and save nothing: the rest
 begins as soon as one pass is lost, by the measured costs, so that a short text is not much slower
-either. Where some drafts are right the clock decides, over a longer stretch.
+either; what a right draft has saved just before may be lost, too. Where some drafts are right the
+clock decides, over a longer stretch.
 """
 
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-LOSS = 1.0  # passes over one token that drafts in a row, none of them right, may cost
+# passes over one token that drafts in a row, none of them right, may cost; and as much again of
+# what the last right one has saved
+LOSS = 1.0
 # tokens of the rest after it; the next one, with half the loss before it, is twice as long
 SHORT = 8
 WINDOW = 64  # rounds that are compared with plain decoding
@@ -55,6 +58,7 @@ class Switch:
         self.seconds += seconds
         if tokens > 1:
             self._hit()
+            self.lost = -min(LOSS, max(0.0, tokens - 1 - cost))
             return
         self.lost += cost
         if self.enabled and self.lost >= self.allowed:

@@ -46,6 +46,7 @@ REPLAN = 8  # rounds
 UNKNOWN = -1
 MOST_RANKS, MOST_NODES, DEEPEST = 128, 1024, 64  # of `k`, `nodes` and `depth`
 CHUNK = 256  # tokens whose logits exist at a time
+PART = 128  # of a vocabulary, in the search of the largest logits
 TIES = 8  # logits beyond the k-th that are compared with it before all are
 
 
@@ -326,7 +327,7 @@ def most_likely(logits: Tensor, k: int) -> Tensor:
     """
     # more than k, as topk orders ties as it likes, which are common in 16 bits
     more = min(k + TIES, logits.shape[1])
-    values, index = (t.cpu() for t in logits.topk(more, dim=-1))
+    values, index = (t.cpu() for t in _largest(logits, more))
     values = values.float()
     index, order = index.sort(-1)  # by token, then stably by logit
     values, again = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
@@ -339,3 +340,21 @@ def most_likely(logits: Tensor, k: int) -> Tensor:
             equal = (logits[i] == last).nonzero()[: k - len(above), 0].cpu()
             index[i, :k] = torch.cat([above, equal])
     return index[:, :k].int()
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest values of each row of x [N, V] and their indices, as `topk`.
+
+    They are in the k parts with the largest maxima, so that a vocabulary is read once.
+    """
+    rows, parts = len(x), x.shape[1] // PART
+    if parts <= k:
+        return torch.topk(x, k)
+    whole = x[:, : parts * PART].unflatten(1, (parts, PART))
+    chosen = whole.amax(-1).topk(k).indices[..., None]  # [N, k, 1]
+    values = whole.gather(1, chosen.expand(-1, -1, PART)).flatten(1)
+    index = (chosen * PART + torch.arange(PART, device=x.device)).flatten(1)
+    rest = torch.arange(parts * PART, x.shape[1], device=x.device).expand(rows, -1)
+    values, index = torch.cat([values, x[:, parts * PART :]], 1), torch.cat([index, rest], 1)
+    found = values.topk(k)
+    return found.values, index.gather(1, found.indices)

@@ -144,6 +144,7 @@ class Rounds:
         count = len(nodes)
         if count > 1 and passes.has_room(self.costs.padded(count)):
             count = self.costs.padded(count)
+        drafted = self.clock() - began
         # a root alone takes the plain weights: faster, and rounded as in plain decoding
         with self.packing.active() if count > 1 else nullcontext():
             entered = self.clock()
@@ -165,7 +166,8 @@ class Rounds:
         shown = logits if needs.logits else None, passes.states if needs.last else None
         drafter.observe(PassOutput(nodes, edges, *shown, path))
         cost = self.costs.ratio(len(nodes)) - 1
-        self.switch.add(len(path), self.clock() - began, cost)
+        # without packing, which is done once and has its own measure of what it is worth
+        self.switch.add(len(path), drafted + self.clock() - entered, cost)
         return Round(len(tokens), len(path), has_ended)
 
     def judge(self) -> None:

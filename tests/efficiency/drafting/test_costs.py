@@ -145,13 +145,13 @@ def test_rounds_that_cost_nothing_lose_nothing_and_a_right_draft_begins_anew():
         for _ in range(7):
             switch.add(1, 0.0, 0.125)
         assert switch.is_on
-        switch.add(2, 0.0, 0.125)
+        switch.add(2, 0.0, 1.0)  # right, and saves nothing
     for _ in range(8):
         switch.add(1, 0.0, 0.125)
     assert not switch.is_on
     switch.rest(8)
     assert switch.is_on
-    switch.add(2, 0.0, 0.125)  # so a pass and 8 tokens again, not a half and 16
+    switch.add(2, 0.0, 1.0)  # so a pass and 8 tokens again, not a half and 16
     for _ in range(8):
         assert switch.is_on
         switch.add(1, 0.0, 0.125)
@@ -159,6 +159,19 @@ def test_rounds_that_cost_nothing_lose_nothing_and_a_right_draft_begins_anew():
     assert not switch.is_on
     switch.rest(1)
     assert switch.is_on
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cost", "losses"),
+    [(2, 0.5, 6), (2, 1.0, 4), (3, 4.0, 4), (3, 0.75, 8), (9, 2.0, 8)],  # of 0.25 each
+)
+def test_what_a_right_draft_saved_may_be_lost_too_up_to_a_pass(tokens, cost, losses):
+    switch = Switch()
+    switch.add(tokens, 0.0, cost)
+    for _ in range(losses):
+        assert switch.is_on
+        switch.add(1, 0.0, 0.25)
+    assert not switch.is_on
 
 
 @pytest.mark.parametrize("seconds", [{1: 1.0, 4: 1.0}, {1: 1.0, 4: 1.125}])
