@@ -64,23 +64,33 @@ class Stream:
             try:
                 encoded = encode(task, processor, batch)
             except RefusedRow:
-                self.refuse(task, processor, batch, start)
+                numbers = range(start, start + len(batch))
+                name_refused(task, processor, batch, self.locate, numbers)
                 raise
             yield from encoded
             start += len(batch)
 
-    def refuse(self, task: "Task[P]", processor: "P", rows: Sequence[Row], start: int) -> None:
-        """Raise InputError for the first of some rows that is refused, with its place.
 
-        Args:
-            start: number of rows before them.
-        """
-        for number, row in enumerate(rows, start):
-            try:
-                encode(task, processor, [row])
-            except RefusedRow as error:
-                if self.locate is not None:
-                    raise InputError(placed(self.locate(number), str(error))) from error
+def name_refused(
+    task: "Task[P]",
+    processor: "P",
+    rows: Sequence[Row],
+    locate: Callable[[int], str] | None,
+    numbers: Sequence[int],
+) -> None:
+    """Raise InputError for the first of some rows that the task refuses, with its place.
+
+    Args:
+        locate: gives the place of a row by its number, for messages; None: nothing is raised.
+        numbers: of the rows.
+    """
+    if locate is None:
+        return
+    for number, row in zip(numbers, rows, strict=True):
+        try:
+            encode(task, processor, [row])
+        except RefusedRow as error:
+            raise InputError(placed(locate(number), str(error))) from error
 
 
 def refuse_stream(rows: object, reader: str) -> None:

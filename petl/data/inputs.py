@@ -1,8 +1,9 @@
 """Rows of files for a task that exists already: to predict, without labels, or to score."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,22 @@ from petl.system.files.paths import file_of, path_of
 from petl.system.values import read_fields
 
 
+@dataclass
+class Inputs:
+    """Rows with all of their columns, each with what `Task.encode_rows` reads of it.
+
+    Attributes:
+        rows: starts an iterator over them.
+        locate: gives the place of a row by its number, for messages; None: rows are files.
+    """
+
+    rows: Callable[[], Iterator[tuple[Row, Row]]]
+    locate: Callable[[int], str] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Row, Row]]:
+        return self.rows()
+
+
 def read_inputs(
     names: Sequence[str],
     task: Task,
@@ -44,8 +61,8 @@ def read_inputs(
     labels: bool = False,
     any_kind: bool = False,
     setting: str = "FILE",
-) -> Iterator[tuple[Row, Row]]:
-    """Yield the rows of files, with all of their columns and as `task.encode_rows` reads them.
+) -> Inputs:
+    """Return the rows of files, with all of their columns and as `task.encode_rows` reads them.
 
     They are read as they are needed, so that files may be larger than memory.
 
@@ -63,7 +80,7 @@ def read_inputs(
         InputError: when a file or row that is not valid is reached.
     """
     if isinstance(task, MediaTask):
-        return media_inputs(names, task, rows, labels=labels, setting=setting)
+        return Inputs(partial(media_inputs, names, task, rows, labels=labels, setting=setting))
     name = task.file_kind or task.name
     kind = TASK_COLUMNS[name]
     given = {key: settings[key] for key in kind.own_settings if key in settings}
@@ -98,23 +115,28 @@ def read_inputs(
         columns.where_unknown = (
             f"is none of the adapter's ({', '.join(task.labels or ())}): rename it"
         )
-    # of rows over all files, from 0
-    numbers = count()
 
-    def converted(row: Row) -> tuple[Row, Row]:
+    def convert(row: Row) -> tuple[Row, Row]:
         own = {
             n: v for n, v in row.items() if n != FOLDER and n.partition(".")[0] not in {*row} - {n}
         }
         try:
-            found = columns.convert(row)
+            return own, columns.convert(row)
         except ValueError as error:
             if labels:
                 raise
             # each row gets a prediction: data.bad_rows is for training
             raise ValueError(f"{error}; correct this row, or remove it") from error
-        return own, source.numbered(next(numbers), found)
 
-    return lazy.map(converted, choose)
+    return Inputs(partial(numbered, source, partial(lazy.map, convert, choose)), lazy.locate)
+
+
+def numbered(
+    source: Files, converted: Callable[[], Iterator[tuple[Row, Row]]]
+) -> Iterator[tuple[Row, Row]]:
+    """Yield rows, those for the task with their numbers over all files where it reads them."""
+    for number, (own, found) in enumerate(converted()):
+        yield own, source.numbered(number, found)
 
 
 def located_in_memory(

@@ -141,7 +141,7 @@ def test_paths_are_relative_to_their_file_or_to_a_folder_that_is_named(tmp_path)
     folder = str(tmp_path / "elsewhere")
     assert read(files[0], image_folder=folder)[0]["images"] == [f"{folder}/a.png"]
     # and in predictions, where rows keep their own columns
-    raw, prepared = next(read_inputs(files, read_data(settings(files[0])).task, {}))
+    raw, prepared = next(iter(read_inputs(files, read_data(settings(files[0])).task, {})))
     assert raw == row("a.png", "red")
     assert prepared["images"] == [str(tmp_path / "one" / "a.png")]
     assert [m["role"] for m in prepared["messages"]] == ["user"]

@@ -87,12 +87,12 @@ def test_an_adapter_reads_the_kind_of_rows_that_it_was_trained_on(tmp_path):
 def test_files_are_read_as_they_are_needed(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("text\n" + "x\n" * 5 + "a,b\n")
-    rows = read_inputs([str(file)], TWO, {})
+    rows = iter(read_inputs([str(file)], TWO, {}))
     assert [next(rows)[1] for _ in range(5)] == [{"text": "x"}] * 5
     with pytest.raises(InputError, match="line 7: 2 in place of the 1 fields"):
         next(rows)
     with pytest.raises(InputError, match=r"FILE=.*gone\.csv does not exist"):
-        next(read_inputs([str(tmp_path / "gone.csv")], TWO, {}))
+        next(iter(read_inputs([str(tmp_path / "gone.csv")], TWO, {})))
 
 
 def media(folder, name, labels=False):

@@ -1,17 +1,19 @@
 """Evaluate a saved adapter: on the test set of its run, or on files with labels."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from petl.adapters.export.saved_adapter import SavedAdapter
 from petl.adapters.export.saved_adapter import score as score_on_test
 from petl.core.types import Settings
+from petl.data.base import name_refused
 from petl.data.files import READERS, suffix_of
 from petl.data.inputs import read_inputs
 from petl.data.tasks.base import Row, Task
 from petl.data.tasks.causal_lm import CausalLM
+from petl.data.validation import RefusedRow
 from petl.errors import InputError, printable
 from petl.generation.prediction.columns import data_settings
 from petl.generation.prediction.predictor import Predictor
@@ -99,7 +101,7 @@ def evaluate_saved(
         what = f"reading {printable(', '.join(names))}".rstrip()
         # all in memory: metrics over classes need every row
         parsed = [row for _, row in ProgressItems(inputs, what, unit="rows", quiet=True)]
-        scores = score_on_rows(saved, task, parsed, kept, limits)
+        scores = score_on_rows(saved, task, parsed, inputs.locate, kept, limits)
     else:
         scores = score_on_test(saved, kept)
     if folder is not None and is_first():
@@ -124,6 +126,7 @@ def score_on_rows(
     saved: SavedAdapter,
     task: Task,
     rows: list[Row],
+    locate: Callable[[int], str] | None,
     kept: Path | None,
     limits: Mapping[str, int | None],
 ) -> dict[str, float]:
@@ -133,7 +136,11 @@ def score_on_rows(
     if task.writes and limits.get("max_new_tokens"):
         writing = task
         task = replace(writing, generate=limits["max_new_tokens"])
-    splits = splits_to_score(task, predictor.processor, rows, predictor.multiple)
+    try:
+        splits = splits_to_score(task, predictor.processor, rows, predictor.multiple)
+    except RefusedRow:
+        name_refused(task, predictor.processor, rows, locate, range(len(rows)))
+        raise
     if saved.run is not None:
         losses.attach(predictor.model, saved.run_config.loss)  # for its metrics
     evaluator = Evaluator(predictor.model, splits, predictor.accelerator, predictor.batch_size)

@@ -124,7 +124,7 @@ def predict_files(
     # the main process writes the rows of all
     with shown, output.opened(names, task) if is_main else nullcontext() as writer:
         rows = read_inputs(names, task, columns)
-        for window in predicted(predictor, rows, shown.advance):
+        for window in predicted(predictor, rows, shown.advance, rows.locate):
             if writer is not None:
                 named = [output.named(raw, found) for raw, found in window]
                 with output.reported():

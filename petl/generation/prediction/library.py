@@ -68,9 +68,10 @@ def predict(
         )
     names, rows = files_or_rows(data)
     settings = data_settings(predictor.columns, predictor.task, words_of(columns), labels=False)
-    inputs = list(read_inputs(names, predictor.task, settings, rows=rows, setting="data"))
+    read = read_inputs(names, predictor.task, settings, rows=rows, setting="data")
+    inputs = list(read)
     with Pass("predicting", len(inputs), unit="rows") as progress:
-        windows = predicted(predictor, inputs, progress.advance)
+        windows = predicted(predictor, inputs, progress.advance, read.locate)
         return [found for window in windows for _, found in window]
 
 

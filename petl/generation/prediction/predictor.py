@@ -14,10 +14,11 @@ from peft import PeftModel
 
 from petl.adapters.export.saved_adapter import SavedAdapter, find
 from petl.core.types import Settings
-from petl.data.base import encode
+from petl.data.base import encode, name_refused
 from petl.data.batch_sampler import chunks
 from petl.data.tasks import COLUMN
 from petl.data.tasks.base import Columns, Prediction, Row, Task
+from petl.data.validation import RefusedRow
 from petl.efficiency.rewrite import apply_rewrites, rewrites_of
 from petl.errors import InputError
 from petl.system.collectives import shared_out
@@ -172,7 +173,10 @@ def shown(batches: list[list[int]], rows: Sequence[Row]) -> ProgressItems[list[i
 
 
 def predicted(
-    predictor: Predictor, rows: Iterable[tuple[Row, Row]], note: Callable[[int], None]
+    predictor: Predictor,
+    rows: Iterable[tuple[Row, Row]],
+    note: Callable[[int], None],
+    locate: Callable[[int], str] | None = None,
 ) -> Iterator[list[tuple[Row, Prediction]]]:
     """Yield the rows of a stream window by window, in order, each with its prediction.
 
@@ -181,13 +185,27 @@ def predicted(
     Args:
         rows: as `read_inputs` yields them.
         note: called with the number of rows that were predicted.
+        locate: gives the place of a row by its number, for messages.
     """
     processes, stream = predictor.accelerator.num_processes, iter(rows)
+    begun = 0  # rows before the window
+
+    def predict(rows: Sequence[Row], numbers: Sequence[int]) -> list[Prediction]:
+        try:
+            return predictor.predict(rows)
+        except RefusedRow:
+            name_refused(predictor.task, predictor.processor, rows, locate, numbers)
+            raise
+
     while window := list(islice(stream, predictor.window * processes)):
         inputs = [row for _, row in window]
-        parts = [partial(predictor.predict, inputs[i::processes]) for i in range(processes)]
+        numbers = range(begun, begun + len(inputs))
+        parts = [
+            partial(predict, inputs[i::processes], numbers[i::processes]) for i in range(processes)
+        ]
         results = shared_out(parts)
         found = [results[i % processes][i // processes] for i in range(len(inputs))]
         note(len(window))
+        begun += len(window)
         yield list(zip((raw for raw, _ in window), found, strict=True))
         del window, inputs, parts, results, found  # before the next one is read

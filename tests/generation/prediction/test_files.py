@@ -232,3 +232,33 @@ def test_two_processes_write_what_one_writes(kept_run, families, tmp_path, capfd
     with pytest.raises(SystemExit, match="2"):
         main.main(["predict", run, "gone.csv", "--processes", "2"])
     assert capfd.readouterr().err.count("FILE=gone.csv does not exist") == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_a_conversation_that_the_template_refuses_is_named_by_file_and_line(
+    kept_run, command, tmp_path, capsys
+):
+    kept = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lost = [kept[0], {**kept[1], "reasoning_content": "c"}]
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    row = lambda turns: json.dumps({"messages": [*turns, *kept]}) + "\n"  # noqa: E731
+    first.write_text(row(kept) * 2)
+    second.write_text(row(kept) + "\n" + row(lost) + row(kept))  # an empty line is no row
+    run, out = str(kept_run("causal_lm").path), tmp_path / "out.jsonl"
+    columns = ["data.prompt=null", "data.answer=null", "data.messages=messages"]
+    words = {
+        "predict": ["predict", run, str(first), str(second), "--out", str(out), *columns],
+        "eval": [
+            "eval",
+            run,
+            "--data",
+            str(first),
+            str(second),
+            "--out",
+            str(tmp_path / "out"),
+            *columns,
+        ],
+    }
+    assert main.main(words[command]) == 2
+    assert "second.jsonl, line 3: the chat template" in capsys.readouterr().err
+    assert not out.exists()
