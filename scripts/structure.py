@@ -27,20 +27,20 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3930,
-    "ops": 3783,
+    "ops": 3786,
     "core": 14940,
-    "efficiency": 10354,
-    "data": 17855,
+    "efficiency": 10410,
+    "data": 17885,
     "training": 17750,
     "methods": 19918,
     "adapters": 9755,
-    "generation": 8320,
+    "generation": 8340,
     "experiments": 9150,
     "cli": 4855,
     "testing": 3174,
 }
 OWN_LINES = 415
-OTHERS = {"scripts": 16870, "tests": 91030}
+OTHERS = {"scripts": 16870, "tests": 91105}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

@@ -86,7 +86,7 @@ class KeptMlp(SwappedClass):
 
 
 class RecomputedNorm(SwappedClass):
-    """Mixin for a norm without bias, whose output `KeptMlp` does not keep."""
+    """Mixin for a norm, whose output `KeptMlp` does not keep."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         trains = any(weight.requires_grad for weight in self.parameters())
@@ -96,14 +96,14 @@ class RecomputedNorm(SwappedClass):
 
 
 def norms_in(layer: nn.Module) -> list[nn.Module]:
-    """Return the RMS norms of the hidden states of a layer.
+    """Return the norms of the hidden states of a layer.
 
-    Not LayerNorm: its dtype is autocast's, which a backward pass does not have.
+    Not those of torch: their dtype is autocast's, which a backward pass does not have.
     """
     found = []
     for norm in layer.children():
         code = forward_code(norm)
         takes_one = code is not None and code.co_argcount == 2
-        if takes_one and is_norm(norm) and getattr(norm, "bias", None) is None:
+        if takes_one and is_norm(norm) and not isinstance(norm, nn.LayerNorm | nn.RMSNorm):
             found.append(norm)
     return found
