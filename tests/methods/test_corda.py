@@ -54,9 +54,12 @@ def test_initialization_follows_the_equations(mode, alpha, norm):
         gap = (update(layer).double() - expected).abs().max()
         assert gap <= 2e-3 * expected.abs().max()
         B = layer.lora_B["default"].weight.double()
-        torch.testing.assert_close(B.norm(dim=0), (S[part] / scale).sqrt(), rtol=2e-3, atol=0)
+        # rounding of the decomposition is a share of the largest singular value
+        least = 1e-5 * float(S[0])
+        found = scale * B.norm(dim=0) ** 2
+        torch.testing.assert_close(found, S[part], rtol=4e-3, atol=least)
         values = torch.linalg.svdvals(update(layer).double() @ C)[:R]
-        torch.testing.assert_close(values, S[part], rtol=2e-3, atol=1e-5 * float(S[0]))
+        torch.testing.assert_close(values, S[part], rtol=2e-3, atol=least)
 
 
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])

@@ -75,7 +75,7 @@ def test_all_implementations_agree(name, way):
     model = adapted(name)
     model.get_base_model().set_experts_implementation(way)
     y, gradients = run(model)
-    assert error(y, expected[0]) < 5e-7
+    assert error(y, expected[0]) < 1e-6  # 6e-7 on processors without AVX-512
     assert max(error(g, expected[1][n]) for n, g in gradients.items()) < 2e-6
 
 
