@@ -27,7 +27,7 @@ PACKAGE = ROOT / "petl"
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
     "system": 3930,
-    "ops": 3786,
+    "ops": 3792,
     "core": 14940,
     "efficiency": 10410,
     "data": 17885,
@@ -40,7 +40,7 @@ BUDGETS = {
     "testing": 3174,
 }
 OWN_LINES = 415
-OTHERS = {"scripts": 16870, "tests": 91105}
+OTHERS = {"scripts": 16870, "tests": 91130}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 

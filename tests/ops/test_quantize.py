@@ -6,11 +6,13 @@ from torch.special import ndtr, ndtri
 
 from petl.ops.quantize import (
     BITS,
+    EPSILON,
     POSITIVE_CODES,
     code_book,
     decode,
     decode_latent,
     encode,
+    numbers_of,
     pack,
     packed_bytes,
     quantize,
@@ -177,3 +179,17 @@ def test_weights_of_one_code_are_restored():
 def test_half_precision_weights_are_quantized_in_float32():
     W = matrix(8, 12).bfloat16()
     assert torch.equal(quantize(W, 1), quantize(W.float(), 1))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("entries", [7, 20_000])
+def test_each_entry_gets_its_nearest_code(entries, bits):
+    torch.manual_seed(0)
+    W = torch.randn(entries) * 3 + 1
+    book = torch.tensor([-c for c in reversed(POSITIVE_CODES[bits])] + [*POSITIVE_CODES[bits]])
+    Z = (W - W.mean()) / (W.std() + EPSILON)
+    apart = torch.stack([(Z - code).abs() for code in book])
+    found, _ = numbers_of(W, bits)
+    torch.testing.assert_close(
+        apart.gather(0, found[None])[0], apart.min(0).values, atol=1e-6, rtol=0
+    )

@@ -89,8 +89,9 @@ class RecomputedNorm(SwappedClass):
     """Mixin for a norm, whose output `KeptMlp` does not keep."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        trains = any(weight.requires_grad for weight in self.parameters())
-        if trains or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return super().forward(x)
+        if any(weight.requires_grad for weight in self.parameters()):
             return super().forward(x)
         return recomputed(super().forward, x)
 

@@ -345,6 +345,9 @@ def test_inputs_of_an_mlp_that_keeps_channels_are_computed_again(name, trained):
     ]
     loss.backward()
     torch.testing.assert_close(gradients(model), wanted, atol=1e-7, rtol=1e-6)
+    weight = layers[3].mlp.gate_proj.lora_A["default"].weight
+    (first,) = torch.autograd.grad(model.eval()(**inputs).loss, weight, create_graph=True)
+    first.square().sum().backward()  # outside of training second derivatives are there
 
 
 def test_other_mlps_recompute_and_those_with_fewer_channels_stay():
