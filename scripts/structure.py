@@ -37,7 +37,7 @@ BUDGETS = {
     "generation": 8340,
     "experiments": 9150,
     "cli": 4855,
-    "testing": 3174,
+    "testing": 3182,
 }
 OWN_LINES = 415
 OTHERS = {"scripts": 16870, "tests": 91130}
