@@ -54,6 +54,7 @@ PYTEST = (
     "-o",
     "console_output_style=classic",
 )
+MESSAGES = "tests/test_messages.py"
 CONTRACT = ("tests/contract/test_dropout.py", "tests/contract/test_contract.py")
 THOROUGH = "thorough and not slow and not hub"
 MOST = 6  # test files that name something of a file
@@ -120,9 +121,9 @@ def _lines(file: Path) -> list[str]:
 def tests_of(file: Path) -> list[list[str]]:
     """Return the arguments of each run of pytest that belongs to a file of petl/, in order.
 
-    First the test files that mirror it, or the folder that it is in; then, of others, those that
-    name something public of it; for a method also its share of the contract; at last the thorough
-    tests of the first ones, which may start several processes.
+    First the test files that mirror it, or the folder it is in; then others that name something
+    public of it; messages of its package; for a method also its share of the contract; at last the
+    thorough tests of the first ones, which may start several processes.
     """
     parts = file.with_suffix("").parts[1:]
     own: list[Path] = []
@@ -139,6 +140,7 @@ def tests_of(file: Path) -> list[list[str]]:
     naming = [test for test in others if test not in own]
     runs = [own, naming] if own or naming else [room]
     arguments = [[str(test.relative_to(ROOT)) for test in run] for run in runs if run]
+    arguments.append([MESSAGES, "-k", f"[{parts[0]}-"])
     if of_method:
         arguments.append([*CONTRACT, "-k", f"[{parts[1]}-"])
     return [*arguments, *([*run, "-m", THOROUGH] for run in arguments[:1])]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,19 +29,19 @@ PACKAGE = ROOT / "petl"
 BUDGETS = {
     "system": 3930,
     "ops": 3792,
-    "core": 14940,
-    "efficiency": 10410,
-    "data": 17885,
-    "training": 17750,
-    "methods": 19918,
-    "adapters": 9755,
-    "generation": 8340,
-    "experiments": 9150,
+    "core": 14960,
+    "efficiency": 10430,
+    "data": 17928,
+    "training": 17756,
+    "methods": 19924,
+    "adapters": 9768,
+    "generation": 8346,
+    "experiments": 9273,
     "cli": 4855,
     "testing": 3182,
 }
 OWN_LINES = 415
-OTHERS = {"scripts": 16870, "tests": 91130}
+OTHERS = {"scripts": 16893, "tests": 89600}
 COUNTED = ("quickstart", "loaded", "mola", "lora")
 SHORT = ["train.steps=3", "data.train_rows=64", "data.test_rows=16"]  # of the quickstart
 
@@ -112,6 +113,13 @@ def longest_chain() -> list[str]:
 def inside() -> list[str]:
     """All modules but `petl`, which only names what others import from it, and its caller."""
     return [module for module in modules() if module not in ("petl", "petl.__main__")]
+
+
+def homonyms() -> list[str]:
+    """Names of public classes that are defined in several files."""
+    bodies = (ast.walk(ast.parse(file.read_text())) for file in modules().values())
+    names = Counter(n.name for body in bodies for n in body if isinstance(n, ast.ClassDef))
+    return [name for name, count in names.items() if count > 1 and not name.startswith("_")]
 
 
 # Sizes
@@ -372,6 +380,7 @@ def figures(*, run: bool) -> list[Figure]:
         Figure("Python files directly in petl/", len(list(PACKAGE.glob("*.py"))), 4),
         Figure("cycles between files", len(cycles()), 0),
         Figure("longest chain of imports", len(longest_chain()), 15),
+        Figure("class names with several meanings", len(homonyms()), 0),
         Figure("docstrings, of public names", counted.documented / counted.public, 0.9, False),
         Figure("comments a code line", counted.comments / counted.code_lines, 0.075, False),
         Figure("messages with a value", counted.with_value / counted.raised, 0.95, False),

@@ -14,16 +14,27 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_families import FAMILIES
+from unchanged import everything
 
 from petl.errors import InputError
 
 TEXTS = "text,label\ngood film,pos\nbad film,neg\nfine,pos\n"
 ROOMS = yaml.load(Path(__file__).with_name("messages.yaml").read_text(), yaml.CSafeLoader)
+
+
+def each(given):
+    """The inputs of a row: one for each method of a list."""
+    methods = given.get("method") if isinstance(given, dict) else None
+    return [{**given, "method": m} for m in methods] if isinstance(methods, list) else [given]
+
+
 ROWS = [
     pytest.param(kind, given, words, id=f"{room}-{kind}-{ascii(given)[:60]}")
     for room, kinds in ROOMS.items()
     for kind, rows in kinds.items()
-    for given, *words in rows
+    for row, *words in rows
+    for given in each(row)
 ]
 
 
@@ -57,17 +68,55 @@ def command(given, folder, capsys):
 
 
 def wrap(given, folder, capsys):
-    """A method with its fields, on a tiny Llama or the tiny model of `on`."""
+    """A method with its fields, on the model of `base`, which is to stay as it was.
+
+    A tiny Llama, another model of petl.testing or of the families, or linear layers of the widths
+    in a list; `calibration: batch` is a batch of the model.
+    """
     import petl
     from petl import testing
 
     fields = dict(given)
-    petl.wrap(getattr(testing, fields.pop("on", "tiny_llama"))(), **fields)
+    name = fields.pop("base", "tiny_llama")
+    base = model_of(name)
+    if fields.get("calibration") == "batch":
+        fields["calibration"] = [testing.TINY_MODELS[name.removeprefix("tiny_")].batch()]
+    before = everything(base)
+    method = fields.pop("method")
+    if "of" in fields:  # the method of a loss
+        fields["method"] = fields.pop("of")
+    try:
+        petl.wrap(base, method, **fields)
+    finally:
+        assert everything(base) == before
+
+
+def model_of(name):
+    """A model by its name, or linear layers of these widths."""
+    from torch import nn
+
+    from petl.testing import bases, models
+
+    if isinstance(name, list):
+        return nn.Sequential(*(nn.Linear(*widths) for widths in name))
+    build = getattr(models, name, None) or getattr(bases, name, None)
+    return (build or FAMILIES[name].build)()
+
+
+def drafter(given, folder, capsys):
+    """The fields of a drafter, for a tiny Llama or the model of `base`, a name."""
+    from petl.efficiency import drafting
+
+    fields = {"base": "tiny_llama", **given}
+    base = fields.pop("base")
+    drafting.drafter(**fields, model=model_of(base) if isinstance(base, str) else base)
 
 
 def python(given, folder, capsys):
-    """An expression, with modules of petl by their full names, and the working `folder`."""
+    """An expression, with modules of petl by their full names, torch, and the working `folder`."""
     names = {"folder": folder, "petl": import_module("petl")}
+    if "torch." in given:
+        names["torch"] = import_module("torch")
     for path in re.findall(r"\bpetl(?:\.\w+)+", given):
         parts = path.split(".")
         for end in range(2, len(parts) + 1):
@@ -116,7 +165,7 @@ def job(given, folder, capsys):
     )
 
 
-KINDS = {f.__name__: f for f in (run, command, wrap, python, data, launch, job)}
+KINDS = {f.__name__: f for f in (run, command, wrap, drafter, python, data, launch, job)}
 
 
 @pytest.mark.parametrize(("kind", "given", "words"), ROWS)

@@ -40,10 +40,10 @@ def advise(options: AdviseOptions) -> None:
     refuse_processes("petl advise trains in one process; start it without torchrun")
     composed(["+method=lora", *options.overrides])
     from petl.cli.train import train, trial
-    from petl.experiments.advice.advisor import Advisor, Request
+    from petl.experiments.advice.advisor import AdviceRequest, Advisor
     from petl.experiments.reports.advised import print_advice, write_page
 
-    request = Request(
+    request = AdviceRequest(
         options.overrides,
         options.out,
         options.cost,

@@ -30,7 +30,7 @@ def on_a_line(text: str) -> str:
 def mine(options: MineOptions) -> None:
     """Write triples with the negatives that an embedder finds hard."""
     from petl.experiments.reports.formatting import echo
-    from petl.generation.prediction.mining import Choice, mine, read_pairs
+    from petl.generation.prediction.mining import NegativeChoice, mine, read_pairs
     from petl.generation.prediction.tables import check_format, keep_inputs
     from petl.generation.prediction.vectors import load_embedder, read_corpus
 
@@ -38,7 +38,7 @@ def mine(options: MineOptions) -> None:
     check_format(options.out)
     keep_inputs(options.out, filter(None, [options.corpus, options.queries, options.vectors]))
 
-    choice = Choice(options.k, options.margin, options.skip)
+    choice = NegativeChoice(options.k, options.margin, options.skip)
     texts = [text for _, text in read_corpus(options.corpus, options.column)]
     pairs = read_pairs(options.queries, options.query, options.positive)
     predictor = load_embedder(

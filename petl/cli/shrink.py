@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from petl.adapters.shrink.command import Work
-from petl.adapters.shrink.source import Source
+from petl.adapters.shrink.source import ShrinkSource
 from petl.cli.table import ShrinkOptions
 from petl.cli.train import train
 from petl.core.types import Record
@@ -23,7 +23,7 @@ from petl.training.runs.model_card import README
 def shrink(options: ShrinkOptions) -> None:
     """Make a model smaller, recover it, write it, and print what it lost."""
     trust = {"trust_remote_code": options.trust_remote_code, "other_base": options.other_base}
-    source = Source.at(options.run, options.data, options.overrides, **trust)
+    source = ShrinkSource.at(options.run, options.data, options.overrides, **trust)
     names = ("sparsity", "widths", "multiple", "heads", "metric", "bias_correction")
     # measured on all processes, written by the first
     work = Work(source, {name: getattr(options, name) for name in names}, options.out)

@@ -216,7 +216,7 @@ def quantized_then(model: PeftModel, trained_on: Fingerprint) -> bool:
 # What the tensors mean
 
 
-class Layer(TypedDict):
+class LayerUpdate(TypedDict):
     """The update of a LoRA's layer: its rank, its scale, and "lora" or "dora"."""
 
     rank: int
@@ -233,7 +233,7 @@ def settings_of(config: PeftConfig) -> Record:
     return parse_json(as_json({name: saved[name] for name in MEANING if name in saved}))
 
 
-def layers_of(model: PeftModel, adapter_name: str) -> dict[str, Layer]:
+def layers_of(model: PeftModel, adapter_name: str) -> dict[str, LayerUpdate]:
     """Return the layers of a LoRA as they are in a model, by path in the base; others: none."""
     if model.peft_config[adapter_name].peft_type != PeftType.LORA:
         return {}
@@ -260,7 +260,7 @@ def variant_of(config: PeftConfig) -> str:
     return "dora" if facts_of(config).use_dora else "lora"
 
 
-def layer_in(config: Any, path: str) -> Layer:
+def layer_in(config: Any, path: str) -> LayerUpdate:
     """Return what the config of a LoRA says about the layer at `path` in the base model."""
     rank = pattern_value(config.rank_pattern, path, config.r)
     alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
@@ -305,7 +305,7 @@ class Content(TypedDict):
     version: int
     tensors: dict[str, str]
     settings: NotRequired[Fields]
-    layers: NotRequired[dict[str, Layer]]
+    layers: NotRequired[dict[str, LayerUpdate]]
     weights: NotRequired[str]  # SHA-256 of adapter_model.safetensors
 
 
@@ -313,7 +313,7 @@ def write(
     folder: Path,
     digests: Fingerprint,
     settings: Mapping[str, object] | None = None,
-    layers: Mapping[str, Layer] | None = None,
+    layers: Mapping[str, LayerUpdate] | None = None,
 ) -> None:
     """Write a fingerprint into an adapter's folder, in place of an earlier one; none if empty.
 

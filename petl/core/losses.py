@@ -12,7 +12,7 @@ from petl.core.layers.context import ForwardContext
 from petl.core.model.heat_map import HeatMap
 from petl.core.spec.config import config_field, require, require_effect
 from petl.core.support import Capability, Lacks, Part
-from petl.core.types import Batch, Fields, Settings
+from petl.core.types import Batch, Chart, Fields, Settings
 from petl.errors import InputError, UnknownNameError, choose, did_you_mean
 from petl.system.imports.tables import LOSSES, check_free
 from petl.system.values import check_rules
@@ -62,6 +62,7 @@ class Loss:
         summary: one sentence.
         paper: authors, year, title or venue, arXiv id.
         features: what a run does besides training with it, see `petl.training.features`.
+        charts: of metrics of its own.
     """
 
     name: str
@@ -70,10 +71,16 @@ class Loss:
     summary: str
     paper: str
     features: tuple[str, ...] = ()
+    charts: tuple[Chart, ...] = ()
 
 
 def register_loss(
-    name: str, *, summary: str, paper: str, features: tuple[str, ...] = ()
+    name: str,
+    *,
+    summary: str,
+    paper: str,
+    features: tuple[str, ...] = (),
+    charts: tuple[Chart, ...] = (),
 ) -> Callable[[Controller], Controller]:
     """Register a controller as extra loss `name`, the word after `+loss=`.
 
@@ -87,7 +94,8 @@ def register_loss(
         check_free(name, controller.config_cls)
         # so that a config alone leads back to its loss
         controller.config_cls.name = name
-        LOSSES[name] = Loss(name, controller.config_cls, controller, summary, paper, features)
+        about = summary, paper, features, charts
+        LOSSES[name] = Loss(name, controller.config_cls, controller, *about)
         return controller
 
     return add

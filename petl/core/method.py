@@ -43,7 +43,7 @@ from petl.core.spec.components import Ordered
 from petl.core.spec.config import Acts
 from petl.core.spec.facts import facts_of
 from petl.core.support import Capability, Lacks, Part, reason_of, without_lora
-from petl.core.types import Calibration, Group
+from petl.core.types import Calibration, Chart, Group
 from petl.errors import ModuleKindError
 from petl.system.files.paths import method_preset
 from petl.system.values import LR
@@ -248,6 +248,7 @@ class Method(Generic[C, A]):
             function of the config that returns it. Blocks may then compute fewer, see
             petl/efficiency/skip_unread/read_positions.py and petl/efficiency/tokens.
         capture_cls: hook that captures the input of an adapter with a source.
+        charts: of metrics of its own.
         takes_task_ids: True if its model takes `task_ids`, one for each row, in `forward` and
             `generate`; its adapters read `ForwardContext.tasks`.
         features: what a run does besides training it, each "module:class", see
@@ -290,6 +291,7 @@ class Method(Generic[C, A]):
     optional_tensors: tuple[str, ...] = ()
     by_position: bool | Callable[[Any], bool] = False
     capture_cls: type[InputCapture] = InputCapture
+    charts: tuple[Chart, ...] = ()
     takes_task_ids: bool = False
     features: tuple[str, ...] = ()
     inner: str = ""

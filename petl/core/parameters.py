@@ -243,3 +243,9 @@ def within_memory(what: str, remedy: str) -> Generator[None]:
             yield
     except TooManyBytes as error:
         check_memory(what, error.args[0], remedy)
+
+
+def buffer_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, on the CPU."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -407,8 +407,9 @@ def _wrap_with_loss(
     require_compatible([loss_part(config), method_part(build_config(config.method, **own))])
     # method_config last, so that it may set them
     fields = {"adapter_name": adapter_name, "calibration": calibration, **config.method_config}
-    wrapped = wrap(model, config.method, **fields)
-    entry.controller_cls(wrapped, config)
+    with undone_on_error(model):  # the loss may not fit the adapter
+        wrapped = wrap(model, config.method, **fields)
+        entry.controller_cls(wrapped, config)
     return wrapped
 
 

@@ -30,6 +30,7 @@ class Capability(StrEnum):
     BASE_4BIT = "4bit"
     BASE_8BIT = "8bit"
     BASE_TORCHAO = "torchao"
+    BF16 = "bf16"  # autocast: with what lacks it, train.precision=auto is float32
     EXPERTS = "experts"  # stacked in one parameter, see petl/core/experts
     # a training step, and the rewrites of `petl.efficiency`
     CHECKPOINTING = "checkpointing"

@@ -13,6 +13,8 @@ Fields = dict[str, Any]  # of a method, its name included
 Record = dict[str, Any]  # an object of a JSON file; its reader has checked the form
 Arguments = dict[str, Any]  # of a function of another library, by name
 Group = dict[str, Any]  # of an optimizer: its parameters and their options
+# of a metric in a run's log: its key, a title, a label of the vertical axis; "", "": not drawn
+Chart = tuple[str, str, str]
 # batches of model inputs, or a function that runs the model on some
 Calibration = Iterable[Any] | Callable[[], Any]
 Processor = Any  # tokenizer, image processor or feature extractor: transformers has no class of all

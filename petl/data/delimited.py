@@ -38,7 +38,7 @@ class Written(NamedTuple):
 FOUND = Written()
 
 
-class Lines(Iterator[str]):
+class FileLines(Iterator[str]):
     """The lines of a file, in parts: one can be read again without its first line.
 
     Attributes:
@@ -178,7 +178,7 @@ def read_delimited(
         sample = file.read(SAMPLE)
         is_whole = not file.read(1)
         file.seek(0)
-        lines, header = Lines(file), written.header
+        lines, header = FileLines(file), written.header
         named = SEPARATOR.match(sample)
         if named:
             delimiter, sample = named[1], sample[named.end() :]
@@ -308,7 +308,7 @@ def is_single_quoted(sample: str, delimiter: str) -> bool:
 
 def is_readable(sample: str, quotes: Quotes, delimiter: str, *, is_whole: bool) -> bool:
     """True if no quote is malformed in a sample, and another way of quoting is one of its rows."""
-    rows = Lines(StringIO(sample, newline=""))
+    rows = FileLines(StringIO(sample, newline=""))
     reader = quotes.reader(rows, delimiter)
     widths: set[int] = set()
     try:

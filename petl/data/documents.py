@@ -57,7 +57,7 @@ class Passage(NamedTuple):
         return Pair(first, rest) if others and rest else None
 
 
-class Section(NamedTuple):
+class DocumentSection(NamedTuple):
     """What is below a heading, up to the next one: paragraphs with the line of each, from 1."""
 
     heading: str
@@ -129,7 +129,7 @@ def passages(setting: str, name: str, encoding: str | None = None) -> Iterator[P
                 yield from parts_of(section, str(file))
 
 
-def parts_of(section: Section, file: str) -> Iterator[Passage]:
+def parts_of(section: DocumentSection, file: str) -> Iterator[Passage]:
     """Yield paragraphs of a section, joined and cut to at most `LONGEST` characters."""
     pieces = [(line, piece) for line, text in section.paragraphs for piece in cut(text)]
     # the line of the first piece is that of the passage
@@ -164,10 +164,10 @@ def sentences(text: str) -> list[str]:
     return [part for part in SENTENCE_END.split(text) if part]
 
 
-def sections(lines: Iterable[tuple[int, str, int]]) -> Iterator[Section]:
+def sections(lines: Iterable[tuple[int, str, int]]) -> Iterator[DocumentSection]:
     """Yield the sections of lines, see `marked`; some have no paragraphs."""
     headings: list[str] = []  # by level
-    section, own = Section("", []), list[tuple[int, str]]()
+    section, own = DocumentSection("", []), list[tuple[int, str]]()
     for number, text, level in chain(lines, [(0, "", 0)]):
         if text and not level:
             own.append((number, text))
@@ -178,7 +178,7 @@ def sections(lines: Iterable[tuple[int, str, int]]) -> Iterator[Section]:
         if level:
             yield section
             headings[level - 1 :] = [""] * (level - 1 - len(headings)) + [text]
-            section = Section(": ".join(filter(None, headings)), [])
+            section = DocumentSection(": ".join(filter(None, headings)), [])
     yield section
 
 

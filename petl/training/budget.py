@@ -18,7 +18,7 @@ from petl.training.features import RunFeature, Setup
 logger = logging.getLogger(__name__)
 
 
-class Budget(RunFeature):
+class ParameterBudget(RunFeature):
     """Chooses the size of the method by `train.budget`."""
 
     uses = (Capability.SIZE,)

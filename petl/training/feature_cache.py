@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from petl.core.compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 from petl.core.layers.class_swap import AdapterDict, original_class
+from petl.core.parameters import buffer_of
 from petl.efficiency.frozen.prefix import OTHER
 from petl.system.files.disk import is_as_noted, note_digest, write_atomic
 from petl.system.files.paths import cache_folder
@@ -110,7 +111,7 @@ def computation(base: nn.Module, head: nn.Module) -> str:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
                 return ""
             hasher.update(f"{path}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            hasher.update(_bytes_of(tensor))
+            hasher.update(buffer_of(tensor))
     config = getattr(base, "config", None)
     settings = {} if config is None else config.to_dict()
     kept = {name: value for name, value in settings.items() if name not in OTHER}
@@ -147,12 +148,7 @@ def _digest(batch: Mapping[str, object]) -> str:
         hasher.update(name.encode())
         if isinstance(value, Tensor):
             hasher.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            hasher.update(_bytes_of(value))
+            hasher.update(buffer_of(value))
         else:
             hasher.update(repr(value).encode())
     return hasher.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())

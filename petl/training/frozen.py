@@ -1,12 +1,12 @@
 """`train.cache_frozen`: whether a run keeps the output of its frozen blocks, and the rows of it."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
 
-from petl.efficiency.frozen.prefix import PAYS
 from petl.efficiency.frozen.rewrite import StoreFrozen, cache_frozen
 from petl.errors import InputError
 from petl.system.collectives import made_by
@@ -78,6 +78,8 @@ def nothing_frozen(context: Context) -> str:
 
 
 def _cache(context: Context) -> "FrozenCache":
+    from petl.efficiency.frozen.store import why_not  # of runs with frozen blocks
+
     model, splits, settings = context.model, context.splits, context.settings
     if not isinstance(splits.train, Dataset):
         raise InputError("the training examples are a stream (data.streaming=true)")
@@ -87,7 +89,9 @@ def _cache(context: Context) -> "FrozenCache":
         with context.accelerator.autocast():
             wanted = find(cache, splits, settings)
             # one decision for all processes: the disk fills while the first of them writes
-            reason = made_by(0, lambda: why_not(wanted, splits, settings))
+            missing = sum(each.bytes for each in wanted if not each.is_there)
+            passes = math.inf if settings.cache_frozen is True else splits.passes(settings)
+            reason = made_by(0, lambda: why_not(missing, wanted[0].folder, passes))
             if reason:
                 raise InputError(reason)
             _say(cache, wanted)
@@ -106,21 +110,6 @@ def find(cache: "FrozenCache", splits: Splits, settings: TrainConfig) -> list["C
         cache.find(part.select_columns(batched(part)), splits.collate)
         for part in splits.parts(settings)
     ]
-
-
-def why_not(wanted: list["CacheRequest"], splits: Splits, settings: TrainConfig) -> str:
-    """Return why stores that could be made are not; "" if they are."""
-    missing = sum(each.bytes for each in wanted if not each.is_there)
-    passes = splits.passes(settings)
-    if missing and passes < PAYS and settings.cache_frozen == "auto":
-        return f"the run reads its examples {passes:.2g} times, and computing them costs as much"
-    from petl.efficiency.frozen.store import check_space  # as in `_cache`
-
-    try:
-        check_space(wanted[0].folder, missing)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def _say(cache: "FrozenCache", wanted: list["CacheRequest"]) -> None:

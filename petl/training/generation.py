@@ -4,6 +4,7 @@ Shapes: B rows, T tokens of the longest prompt.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
@@ -39,7 +40,8 @@ def written(
     """Return the text that a model in evaluation mode writes after each prompt, greedily.
 
     Args:
-        max_new_tokens: of an answer; fewer where the longest prompt leaves fewer positions.
+        max_new_tokens: of an answer; fewer where its prompt leaves fewer positions (in a sharded
+            model the longest prompt).
         task_ids: the task of each prompt, for a method that serves several.
         is_chat: prompts are turns of the chat template.
         prefix: with which the texts of an encoder-decoder begin.
@@ -53,7 +55,14 @@ def written(
 
     base, tokenizer = base_of(model), tokenizer_in(processor)
     longest = 0 if is_pair(model) else max(map(len, prompts))
-    max_new_tokens = min(max_new_tokens, positions_behind(base, longest) or max_new_tokens)
+    room = positions_behind(base, longest) or max_new_tokens
+    if room < max_new_tokens and len(prompts) > 1 and not is_sharded(model):
+        # each alone, or the longest prompt would cut the answers to the others
+        alone = partial(written, model, processor, is_chat=is_chat, prefix=prefix)
+        ids = [None if task_ids is None else [task_ids[i]] for i in range(len(prompts))]
+        pairs = zip(prompts, ids, strict=True)
+        return [alone([prompt], max_new_tokens, own)[0] for prompt, own in pairs]
+    max_new_tokens = min(max_new_tokens, room)
     inputs = batched_prompts(prompts, pad_id(tokenizer), on_left=not is_pair(model))
     chat = encoder_in(processor) if is_chat else None
     more = {} if task_ids is None else {IDS: torch.tensor(task_ids)}

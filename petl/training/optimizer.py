@@ -18,6 +18,8 @@ from petl.errors import InputError
 from petl.training.distributed.launch import StepEngine, is_zero
 from petl.training.runs.settings import TrainConfig
 
+BEGIN_AT_BASE = ("trainable_tokens_delta", "ia3_l", "boft_s")  # tensors that are not 0 in the base
+
 
 def make_optimizer(
     model: nn.Module, settings: TrainConfig, lifecycle: Lifecycle | None = None
@@ -123,10 +125,11 @@ def peak_lr(name: str, settings: TrainConfig, heads: set[str]) -> float:
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Return True for tensors with weight decay: matrices, and `values`, a sparse one.
 
-    Rows of tokens are weights of the base, not what is added to them.
+    Rows of tokens are weights of the base, not what is added to them; scales begin at 1, and PEFT
+    has those of IA3 and BOFT as matrices of one row or column.
     """
-    is_row = ".trainable_tokens_delta." in name
-    return (parameter.dim() > 1 and not is_row) or name.endswith(".values")
+    begins_at_base = any(f".{kind}." in name for kind in BEGIN_AT_BASE)
+    return (parameter.dim() > 1 and not begins_at_base) or name.endswith(".values")
 
 
 def fraction_of_peak(step: int, total: int, warmup: int, schedule: str) -> float:

@@ -24,10 +24,11 @@ from petl.core.registry import (
 from petl.core.spec.facts import facts_of
 from petl.core.types import Arguments, Fields, base_of
 from petl.data.models.loading import new_modules
+from petl.data.tasks.encoding_cache import sizes_of
 from petl.efficiency.rewrite import apply_rewrites, rewrite, rewrites_of
 from petl.errors import InputError
 from petl.system.progress import ProgressItems
-from petl.training.dataloader import FirstBatches
+from petl.training.dataloader import FirstBatches, Splits
 from petl.training.features import Setup
 from petl.training.optimizer import groups
 from petl.training.runs.settings import TrainConfig
@@ -62,6 +63,7 @@ def wrapped(setup: Setup, bases: Bases | None = None) -> PeftModel:
         attach(model, config.loss)
     check_model(model, settings)
     setup.splits.task.check_model(model)
+    check_prompts(model, setup.splits, settings)
     applied = apply_rewrites(model, rewrites_of(settings))
     names = [f"train.{name}" for name in applied if not rewrite(name).exact]
     if names:
@@ -162,6 +164,19 @@ def wrap_arguments(setup: Setup) -> Arguments:
         rank = accelerator.process_index if parts > 1 else 0
         batches = FirstBatches(splits, run.train, accelerator.device, rank, parts)
     return {**fields, "calibration": ProgressItems(batches, CALIBRATING)}
+
+
+def check_prompts(model: PeftModel, splits: Splits, settings: TrainConfig) -> None:
+    """Raise InputError if a test row that is answered leaves the model no position for an answer.
+
+    Else a run would find it when it has trained. The prompt of a chat is its own, not that within
+    `data.max_length`.
+    """
+    task, base = splits.task, base_of(model)
+    if task.generate is None or not settings.test or base.config.is_encoder_decoder:
+        return
+    longest = max(sizes_of(splits.test, task.prompt_columns[0]))
+    import_module("petl.training.generation").positions_behind(base, longest)
 
 
 def check_model(model: PeftModel, settings: TrainConfig) -> None:

@@ -35,7 +35,7 @@ from petl.experiments.advice.candidates import (
     needs,
     shortlist,
 )
-from petl.experiments.advice.evidence import LEVEL, Evidence, Rows, Setting, Trial, row_error
+from petl.experiments.advice.evidence import LEVEL, Evidence, RowErrors, Setting, Trial, row_error
 from petl.experiments.advice.rounds import (
     LAST_SEED,
     PlannedRounds,
@@ -72,7 +72,7 @@ class Line(NamedTuple):
     validation: float
     loss: float
     test: float
-    rows: Rows
+    rows: RowErrors
     bytes: int
 
 
@@ -132,6 +132,10 @@ class Known:
         }
         return max(found, key=lambda setting: found[setting])
 
+    def has(self, method: str, rank: int) -> bool:
+        """Return True if a method of this rank has runs, which the task's model may refuse."""
+        return any(setting[:2] == (method, rank) for setting in self.validations)
+
     def test(self, setting: Setting) -> float:
         """Return the mean test score of a setting; -inf if a seed diverged."""
         return statistics.fmean(self.tests[setting]) if setting in self.tests else -math.inf
@@ -152,7 +156,8 @@ class Known:
             return [Constraint(name, refused_to_merge)]
         rank, below = (4, 0) if name == "--bytes of LoRA r 4" else (2, 1)
         limit = self.bytes[SIMPLEST, rank] - below
-        return [Constraint(name, lambda *pair: "it is larger" if self.bytes[pair] > limit else "")]
+        sizes = defaultdict(lambda: limit + 1, self.bytes)  # the task's model refuses others
+        return [Constraint(name, lambda *pair: "it is larger" if sizes[pair] > limit else "")]
 
 
 @cache
@@ -185,7 +190,7 @@ def known(task: str, rows: pd.DataFrame) -> Known:
             sign * row["validation"],
             -row["validation_loss"],
             sign * row["test"],
-            Rows(*errors, counts["validation"]),
+            RowErrors(*errors, counts["validation"]),
             int(row["bytes"]),
         )
         setting = Setting(row["method"], int(row["rank"]), float(row["rate"]))
@@ -225,14 +230,17 @@ class Replay:
     def make(self, runs: Sequence[PlannedRun], number: int | None) -> None:
         """Look runs up: those of the table that are not longer, of each the longest.
 
-        One that diverged is left out, and so is a setting that the table does not have.
+        One that diverged is left out, and so is a setting that the table does not have. Seeds
+        change places at full length alone: of short runs, the table has those that advice makes.
         """
         self.paid += self.seconds.of(len(runs), runs[0]["steps"])
         if number == 0:
             self.paid -= self.seconds.of(len(runs), runs[0]["steps"]) / len(runs)
         for run in runs:
-            setting, seed = setting_of(run), self.seeds[run["seed"]]
+            setting = setting_of(run)
             for steps in self.known.lengths:
+                is_full = steps == self.known.full
+                seed = self.seeds[run["seed"]] if is_full else run["seed"]
                 line = self.known.lines.get((setting, steps, seed))
                 if steps <= run["steps"] and line is not None:
                     self.made[setting, steps, run["seed"]] = line

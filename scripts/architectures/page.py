@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import transformers
+from packaging.version import Version
 
 import petl
 from architectures.small import KINDS
@@ -52,7 +52,7 @@ def page(results: Results) -> str:
     methods = petl.list_methods()
     complete = sum(len(row["methods"]) == len(methods) for row in built.values())
     text = HEAD.format(
-        version=transformers.__version__,
+        version=max((row["transformers"] for row in results.values()), key=Version),
         maps=", ".join(f"`{each}`" for maps in KINDS.values() for each in maps),
         built=len(built),
         all=len(results),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from architectures.small import Type, loss_of
 from architectures.study import Outcome, quiet, study
@@ -19,7 +20,8 @@ from petl.errors import first_line
 RESULTS = Path(__file__).with_name("results.json")
 LIMIT = 300  # seconds of a method on a type
 LARGEST = 40_000_000  # parameters of a model that counts as small
-Results = dict[str, dict[str, Any]]  # by kind/type: "class", "reason", and "methods" by name
+# by kind/type: "class", "transformers" (its version), "reason", and "methods" by name
+Results = dict[str, dict[str, Any]]
 
 
 def read_results(file: Path = RESULTS) -> Results:
@@ -63,6 +65,7 @@ def sweep(
         if "reason" in new:
             row["reason"] = new.pop("reason")
         row["methods"] = row.get("methods", {}) | new
+        row["transformers"] = transformers.__version__
         write_results(results, file)
         print(f"{each}: {summary(row)}, {time.monotonic() - start:.1f} s", flush=True)
 

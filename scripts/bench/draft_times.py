@@ -13,7 +13,7 @@ from bench.clocks import Spread, in_turn
 from bench.kept import Content
 from bench.records import Record
 from petl.efficiency.drafting import Drafter
-from petl.efficiency.drafting.heads import Heads
+from petl.efficiency.drafting.heads import DraftHeads
 from petl.efficiency.drafting.lookup import Lookup
 
 
@@ -38,7 +38,7 @@ def size_of(drafter: Drafter) -> int:
     for part in drafter.modules():
         if isinstance(part, Lookup):
             size += getsizeof(part.places) + sum(map(getsizeof, part.places))
-        elif isinstance(part, Heads):  # it keeps a copy of the rows that it uses
+        elif isinstance(part, DraftHeads):  # it keeps a copy of the rows that it uses
             size += len(part.vocab) * part.ends.width * part.dtype.itemsize
     return size
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from petl.adapters.shrink.command import Work
-from petl.adapters.shrink.source import Source
+from petl.adapters.shrink.source import ShrinkSource
 from petl.cli.train import train
 from petl.experiments.reports.formatting import Table, echo
 from petl.system.files.disk import as_json, write_atomic
@@ -80,7 +80,7 @@ def contenders(dense: Path, out: Path, sparsity: float, widths: str) -> dict[str
     """
     settings: dict[str, Any] = {"sparsity": sparsity, "widths": widths, "heads": False}
     settings |= {"multiple": 8, "metric": "angular"}  # the defaults of `petl shrink`
-    work = Work(Source.at(str(dense), None, []), settings, out)
+    work = Work(ShrinkSource.at(str(dense), None, []), settings, out)
     record = work.earlier()
     if record is None:
         small, record = work.shrunk()

@@ -149,16 +149,15 @@ def test_a_new_loss_is_found_by_its_registration(petl_command):
             type("Quiet", (), {"config_cls": QuietConfig})
         )
 
-    with pytest.raises(ValueError, match=r"'density' is taken by petl\.methods\.losses\.density"):
-        register("density")
-    with pytest.raises(ValueError, match="'lora' is taken"):  # also by a method
-        register("lora")
+    for taken in ("density", "lora"):  # also by a method
+        with pytest.raises(ValueError, match=f"'{taken}'"):
+            register(taken)
     try:
         register("quiet")
         _, out, _ = petl_command("show", "quiet")
         assert out.startswith("quiet: less noise\npaper: Nobody 2026, Quiet\n")
         assert cells(out, "loudness")[2:] == ["3.0", "how much is too much, in decibels"]
-        with pytest.raises(ValueError, match="'quiet' is taken"):
+        with pytest.raises(ValueError, match="'quiet'"):
             petl.adopt("quiet", petl.get("lora"), summary="", paper="")
     finally:
         del LOSSES["quiet"]
@@ -294,13 +293,6 @@ def test_merge_and_export_print_how_outputs_compare(petl_command, run, tmp_path)
         assert out_folder.is_dir()
 
 
-def test_a_folder_that_is_not_empty_is_refused_before_the_run_is_read(tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text("no JSON")
-    with pytest.raises(SystemExit, match="2"):
-        main.main(["merge", str(tmp_path), str(tmp_path)])
-    assert "already exists" in capsys.readouterr().err
-
-
 def test_another_base_has_to_be_asked_for(petl_command, run, tmp_path, monkeypatch):
     chosen: list[bool] = []
 
@@ -394,9 +386,3 @@ def test_help_of_train_lists_groups_as_they_are_written_and_settings_with_their_
     shown = OmegaConf.create(text[text.index("train:\n") : text.index("\n\nBefore a run:")]).train
     assert shown == listed
     assert "# steps between checkpoints" in text
-
-
-def test_a_misspelt_command_has_the_closest_names(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main.main(["trian", "+method=mola"])
-    assert "no command 'trian'; did you mean 'train'" in capsys.readouterr().err

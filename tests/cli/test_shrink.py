@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import petl
 from petl.adapters.export.saved_adapter import find
-from petl.adapters.shrink.source import Source
+from petl.adapters.shrink.source import ShrinkSource
 from petl.cli import main
 from petl.cli import shrink as command
 from petl.data.models.loading import load_base
@@ -220,7 +220,7 @@ def test_what_cannot_be_shrunk_is_refused(
     words, message, lora_run, tiny, tmp_path, capfd, monkeypatch
 ):
     # before any weights are read, or rows scored
-    monkeypatch.setattr(Source, "dense", lambda self: pytest.fail("weights are read"))
+    monkeypatch.setattr(ShrinkSource, "dense", lambda self: pytest.fail("weights are read"))
     monkeypatch.setattr(Evaluator, "test", lambda *args, **kwargs: pytest.fail("rows are scored"))
     shutil.copytree(lora_run.path / "adapter", tmp_path / "adapter")
     places = {

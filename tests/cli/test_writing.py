@@ -291,10 +291,10 @@ def test_a_retry_that_fails_keeps_the_turns(monkeypatch):
         raise InputError("no base model beside an adapter")
 
     monkeypatch.setattr(chat_commands, "answer", refusing)
-    with pytest.raises(InputError, match="no base model"):
+    with pytest.raises(InputError):
         chat_commands.retry(chat, "")
     assert chat.turns == turns
-    with pytest.raises(InputError, match=r"cannot write ~nobody-here/x\.jsonl: Could not"):
+    with pytest.raises(InputError, match=r"~nobody-here/x\.jsonl"):
         chat_commands.save(chat, "~nobody-here/x.jsonl")
 
 

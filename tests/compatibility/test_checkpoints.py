@@ -65,7 +65,7 @@ def test_auto_finds_an_old_run_by_its_config(workdir):
 def test_resuming_with_another_setting_is_refused(workdir):
     """Shows that the tests above do compare settings."""
     shutil.copytree(compatibility_runs.CHECKPOINTS / "mola" / "run", "run")
-    with pytest.raises(Exception, match=r"is of another run: method\.top_k=2 there, 1 here"):
+    with pytest.raises(Exception, match=r"method\.top_k=2"):
         train(
             [
                 *compatibility_runs.expected_of("mola")["overrides"],

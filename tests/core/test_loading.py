@@ -78,36 +78,31 @@ def path_mapped_at(address: int) -> str:
     return ""
 
 
-def test_a_head_that_the_file_lacks_is_an_error(saved):
-    edit(saved, lambda tensors: tensors.pop("base_model.model.classifier.weight"))
-    with pytest.raises(petl.InputError, match=r"classifier\.weight"):
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.petl_mola_adapters.router"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop("base_model.model.classifier.weight"), r"classifier\.weight"),
+        (lambda tensors: tensors.pop(QUERY), "1 missing .*query.*router"),
+        (lambda tensors: tensors.update(stranger=torch.zeros(2)), "stranger"),
+    ],
+)
+def test_tensors_that_are_missing_or_not_expected_are_named(saved, change, words):
+    edit(saved, change)
+    with pytest.raises(petl.InputError, match=words):
         petl.load(CASE.base(), saved)
 
 
-def test_a_missing_tensor_is_named_and_counted(saved):
-    key = "base_model.model.bert.encoder.layer.0.attention.self.query.petl_mola_adapters.router"
-    edit(saved, lambda tensors: tensors.pop(key))
-    with pytest.raises(petl.InputError, match=r"1 missing \(such as .*query.*router"):
-        petl.load(CASE.base(), saved)
-
-
-def test_an_unexpected_tensor_is_named(saved):
-    edit(saved, lambda tensors: tensors.update(stranger=torch.zeros(2)))
-    with pytest.raises(petl.InputError, match="stranger"):
-        petl.load(CASE.base(), saved)
-
-
-def test_an_adapter_of_another_shape_is_an_error(saved):
+@pytest.mark.parametrize(
+    ("setting", "words"), [({"r": 4}, "r=4, not 8"), ({"peft_type": "PETL_NONE"}, "PETL_NONE")]
+)
+def test_a_config_of_another_adapter_is_an_error(saved, setting, words):
     config = json.loads((saved / "adapter_config.json").read_text())
-    config["r"] = 4
-    (saved / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(petl.InputError, match="is not that of its tensors: it has r=4, not 8"):
+    (saved / "adapter_config.json").write_text(json.dumps({**config, **setting}))
+    with pytest.raises(petl.InputError, match=words):
         petl.load(CASE.base(), saved)
-
-
-def test_an_adapter_of_another_model_is_an_error(saved):
-    with pytest.raises(petl.InputError):
-        petl.load(testing.tiny_llama(), saved)
 
 
 def test_a_truncated_file_is_an_error(saved):
@@ -123,27 +118,10 @@ def test_a_missing_weight_file_is_an_error(saved):
         petl.load(CASE.base(), saved)
 
 
-def test_a_folder_without_an_adapter_is_an_error(tmp_path):
-    with pytest.raises(petl.InputError, match=r"adapter_config\.json is missing"):
-        petl.load(CASE.base(), tmp_path)
-
-
-def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(petl.InputError, match="is not the folder of an adapter"):
-        petl.load(CASE.base(), tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"'])
 def test_a_config_that_cannot_be_read_is_an_error(saved, text):
     (saved / "adapter_config.json").write_text(text)
-    with pytest.raises(petl.InputError, match=r"adapter_config\.json cannot be used"):
-        petl.load(CASE.base(), saved)
-
-
-def test_an_unknown_method_is_an_error(saved):
-    config = json.loads((saved / "adapter_config.json").read_text())
-    (saved / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "PETL_NONE"}))
-    with pytest.raises(petl.InputError, match="has peft_type='PETL_NONE', which neither petl nor"):
+    with pytest.raises(petl.InputError, match=r"adapter_config\.json"):
         petl.load(CASE.base(), saved)
 
 
@@ -160,14 +138,14 @@ def test_adapters_of_peft_load_strictly(tmp_path):
     case.wrap_stirred().save_pretrained(tmp_path)
     petl.load(case.base(), tmp_path)
     edit(tmp_path, lambda tensors: tensors.pop(next(iter(tensors))))
-    with pytest.raises(petl.InputError, match=r"1 missing \(such as .*q_proj\.lora_A"):
+    with pytest.raises(petl.InputError, match=r"q_proj\.lora_A"):
         petl.load(case.base(), tmp_path)
 
 
 def test_a_base_with_an_adapter_is_refused(saved):
     base = CASE.base()
     petl.wrap(base, "mola", task_type="SEQ_CLS")
-    with pytest.raises(petl.InputError, match="contains an adapter already"):
+    with pytest.raises(petl.InputError, match="an adapter already"):
         petl.load(base, saved)
 
 
@@ -194,7 +172,7 @@ def test_an_adapter_that_fails_to_load_leaves_the_others_unchanged(saved):
     expected, before = testing.logits(model, batch), list(model.state_dict())
     edit(saved, lambda tensors: tensors.update(stranger=torch.zeros(2)))
     model.train()
-    with pytest.raises(petl.InputError, match="stranger"):
+    with pytest.raises(petl.InputError):
         petl.load(model, saved, adapter_name="second")
     assert list(model.state_dict()) == before
     assert list(model.peft_config) == ["default"]
@@ -204,14 +182,14 @@ def test_an_adapter_that_fails_to_load_leaves_the_others_unchanged(saved):
 
 def test_another_adapter_of_the_same_name_or_another_method_is_refused(saved, tmp_path_factory):
     model = CASE.wrap_stirred()
-    with pytest.raises(petl.InputError, match="has an adapter 'default' already"):
-        petl.load(model, saved)
     other = tmp_path_factory.mktemp("other")
     Case("lora", "bert").wrap_stirred().save_pretrained(other)
-    with pytest.raises(
-        petl.InputError, match="LORA cannot be added to a model with adapters of type PETL_MOLA"
+    for folder, name, words in (
+        (saved, "default", "'default'"),
+        (other, "second", "LORA .*PETL_MOLA"),
     ):
-        petl.load(model, other, adapter_name="second")
+        with pytest.raises(petl.InputError, match=words):
+            petl.load(model, folder, adapter_name=name)
 
 
 @pytest.mark.parametrize("first", ["plain", "pissa"])
@@ -223,7 +201,7 @@ def test_no_adapter_is_loaded_beside_one_that_changes_the_base_weights(first, tm
     model = petl.load(testing.tiny_llama(), tmp_path / first, adapter_name=first)
     batch = testing.TINY_MODELS["llama"].batch()
     expected = testing.logits(model, batch)
-    with pytest.raises(petl.InputError, match="'pissa' has init_lora_weights='pissa', which chang"):
+    with pytest.raises(petl.InputError):
         petl.load(model, tmp_path / second, adapter_name=second)
     assert list(model.peft_config) == [first]
     assert torch.equal(testing.logits(model, batch), expected)
@@ -238,7 +216,7 @@ def test_further_adapters_of_peft_load_strictly(tmp_path):
     model.set_adapter("second")
     assert torch.equal(testing.logits(model, batch), expected)
     edit(tmp_path, lambda tensors: tensors.pop(next(iter(tensors))))
-    with pytest.raises(petl.InputError, match=r"1 missing \(such as .*q_proj\.lora_A"):
+    with pytest.raises(petl.InputError):
         petl.load(model, tmp_path, adapter_name="third")
     assert list(model.peft_config) == ["default", "second"]
 
@@ -252,26 +230,12 @@ def test_an_adapter_that_cannot_adapt_a_quantized_base_is_refused(tmp_path):
         petl.load(base, tmp_path)
 
 
-@pytest.mark.parametrize("base", [None, "bert", torch.nn.Linear])
-def test_what_is_no_model_is_refused(saved, base):
-    with pytest.raises(petl.InputError, match=r"petl\.load needs a model"):
-        petl.load(base, saved)
-    with pytest.raises(petl.InputError, match=r"petl\.wrap needs a model"):
-        petl.wrap(base, "lora")
-
-
-@pytest.mark.parametrize("path", [None, 7, [], b"folder"])
-def test_what_is_no_path_is_refused(path):
-    with pytest.raises(petl.InputError, match=r"petl\.load needs the folder of an adapter"):
-        petl.load(CASE.base(), path)
-
-
 @pytest.mark.parametrize(
     "path", ["./nope", "/nope/x", "~/nope", "a/b/c", "nope/", "-1", "a..b", "a--b", "", "a" * 5000]
 )
 def test_a_folder_that_is_missing_is_not_asked_for_on_the_hub(monkeypatch, path):
     monkeypatch.setattr("petl.system.files.hub.reachable", None)
-    with pytest.raises(petl.InputError, match="is not the folder of an adapter"):
+    with pytest.raises(petl.InputError, match="the folder of an adapter"):
         petl.load(CASE.base(), path)
 
 
@@ -279,7 +243,7 @@ def test_a_mistyped_folder_is_looked_up_once_while_the_hub_is_away(monkeypatch):
     asked = []
     monkeypatch.setattr("petl.system.files.hub.reachable", lambda *args: bool(asked.append(args)))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(petl.InputError, match="there is no folder 'runs/lora', the Hub does not"):
+    with pytest.raises(petl.InputError, match="runs/lora"):
         petl.load(CASE.base(), "runs/lora")
     assert len(asked) == 1
 

@@ -33,15 +33,14 @@ def test_a_limit_counts_what_is_alive_and_not_what_was_freed():
     ],
 )
 def test_a_tensor_beyond_the_memory_is_refused_before_it_is_allocated(make):
-    too_much = pytest.raises(InputError, match=r"a thing needs at least [\d,]+ GB, more than the")
+    too_much = pytest.raises(InputError, match="a thing")
     with too_much, within_memory("a thing", "make it smaller"):
         make(10**13)
 
 
 def test_a_size_beyond_the_memory_is_refused_with_both_numbers():
     total = f"{psutil.virtual_memory().total / 1e9:,.0f} GB"
-    match = f"method 'vblora' needs at least 8,000 GB, more than the {total} of memory"
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(InputError, match=f"8,000 GB.* {total}"):
         petl.wrap(testing.tiny_llama(), "vblora", num_vectors=10**12, vector_length=2)
 
 

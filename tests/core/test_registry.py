@@ -1,7 +1,6 @@
 """The registry of methods: names, fields, refusals, and the result of `wrap`."""
 
 import logging
-import re
 import warnings
 
 import peft
@@ -31,29 +30,15 @@ def test_methods_are_listed_in_order_with_their_summaries():
         assert entry.config_cls is petl.get(name)
 
 
-def test_an_unknown_method_is_an_error_with_suggestions():
-    with pytest.raises(petl.InputError, match="no method 'mloa'; did you mean 'mola'"):
-        petl.get("mloa")
-    with pytest.raises(KeyError, match="available: adalora, "):
+def test_an_unknown_method_is_a_key_error_too():
+    with pytest.raises(KeyError, match="zzzzzz"):
         petl.method("zzzzzz")
-    with pytest.raises(petl.InputError, match="no method 'mloa'"):
-        petl.wrap(testing.tiny_llama(), "mloa")
 
 
 @pytest.mark.parametrize("name", petl.list_methods())
 def test_an_unknown_field_is_an_error_that_names_the_method(name):
-    with pytest.raises(petl.InputError, match=f"method '{name}' has no field 'target_module';"):
+    with pytest.raises(petl.InputError, match=f"'{name}' .*'target_module'"):
         petl.build_config(name, target_module=["q_proj"])
-
-
-def test_a_value_that_peft_refuses_is_an_input_error():
-    with pytest.raises(petl.InputError, match=r"method 'adalora': .*total_step"):
-        petl.build_config("adalora", init_r=12)
-
-
-def test_a_module_that_peft_refuses_is_an_input_error():
-    with pytest.raises(petl.InputError, match=r"method 'oft' on GPT2LMHeadModel: .*Conv1D"):
-        petl.wrap(testing.tiny_gpt2(), "oft", target_modules=["c_attn"])
 
 
 def test_an_entry_sets_its_defaults_and_a_field_may_override_them():
@@ -82,44 +67,32 @@ def test_wrap_returns_a_peft_model_of_the_task():
     assert type(petl.wrap(testing.tiny_llama(), "mola")).__name__ == "PeftModel"
 
 
-def test_wrap_refuses_a_model_that_is_wrapped():
-    model = petl.wrap(testing.tiny_llama(), "lora", target_modules=["q_proj"])
-    with pytest.raises(petl.InputError, match="add_adapter"):
-        petl.wrap(model, "mola")
-
-
 def test_get_peft_model_works_without_wrap():
     config = petl.get("mola")(target_modules=["q_proj"], r=2)
     model = peft.get_peft_model(testing.tiny_llama(), config)
     assert len(testing.tuner_layers(model)) == 3
 
 
-def test_calibration_that_is_not_used_is_refused():
-    batches = [testing.TINY_MODELS["llama"].batch()]
-    with pytest.raises(petl.InputError, match="'mola' does not use calibration data"):
-        petl.wrap(testing.tiny_llama(), "mola", calibration=batches)
-
-
 @pytest.mark.parametrize("start", ["eva", "lora_ga"])
-def test_missing_calibration_is_an_error(start):
-    config = petl.build_config("lora", init_lora_weights=start)
-    assert needs_calibration(config)
-    with pytest.raises(petl.InputError, match=f"'{start}' needs calibration data"):
-        petl.wrap(testing.tiny_llama(), "lora", init_lora_weights=start, target_modules=["q_proj"])
+def test_a_start_from_data_needs_calibration(start):
+    assert needs_calibration(petl.build_config("lora", init_lora_weights=start))
 
 
-def test_a_name_can_be_registered_once():
-    with pytest.raises(ValueError, match="name 'lora' is taken by peft"):
-        petl.adopt("lora", peft.LoraConfig, summary="", paper="")
-    with pytest.raises(ValueError, match="name 'mos' is taken"):
-        petl.register(type(petl.method("mos")))
-
-
-def test_a_prefix_or_type_of_another_method_is_refused():
-    with pytest.raises(ValueError, match="prefix 'lora_' is taken"):
-        compat.add_method("petl_other", "lora_", peft.LoraConfig, peft.LoraModel)
-    with pytest.raises(ValueError, match="PEFT already has a method called LORA"):
-        compat.extend_peft_types("LORA")
+@pytest.mark.parametrize(
+    ("register", "taken"),
+    [
+        (lambda: petl.adopt("lora", peft.LoraConfig, summary="", paper=""), "'lora'"),
+        (lambda: petl.register(type(petl.method("mos"))), "'mos'"),
+        (
+            lambda: compat.add_method("petl_other", "lora_", peft.LoraConfig, peft.LoraModel),
+            "'lora_'",
+        ),
+        (lambda: compat.extend_peft_types("LORA"), "LORA"),
+    ],
+)
+def test_a_name_a_prefix_and_a_type_are_of_one_method(register, taken):
+    with pytest.raises(ValueError, match=taken):
+        register()
     assert "PETL_OTHER" not in PeftType.__members__
 
 
@@ -142,42 +115,13 @@ def test_wrapping_and_loading_give_no_warnings(name, tmp_path):
         petl.load(testing.tiny_llama(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "field", "value", "said"),
-    [
-        ("lora", "lora_dropout", 2, "lora_dropout=2 is not in [0, 1)"),
-        ("vera", "vera_dropout", -0.1, "vera_dropout=-0.1 is not in [0, 1)"),
-        ("vera", "r", 0, "r=0 is not at least 1"),
-        ("lora", "r", 2.5, "r=2.5 is not an integer"),
-        ("lora", "r", "x", "r='x' is not of type int"),
-        ("lora", "r", True, "r=True is not of type int"),
-        ("lora", "use_dora", "yes", "use_dora='yes' is not of type bool"),
-        ("vera", "d_initial", float("nan"), "d_initial=nan is not a finite number"),
-        ("fourierft", "scaling", float("inf"), "scaling=inf is not a finite number"),
-        ("lora", "lora_alpha", 0, "lora_alpha=0 is not above 0: it scales the update"),
-    ],
-)
-def test_a_value_on_which_peft_would_fail_later_is_refused(name, field, value, said):
-    with pytest.raises(petl.InputError, match=f"^{re.escape(said)}$"):
-        petl.build_config(name, **{field: value})
-
-
-def test_a_value_that_peft_would_replace_is_refused():
-    with pytest.raises(petl.InputError, match=r"^method 'oft' on .*Invalid `oft_block_size` \(7\)"):
-        petl.wrap(nn.Sequential(nn.Conv2d(8, 8, 1)), "oft", target_modules=["0"], oft_block_size=7)
-
-
 def test_values_that_peft_accepts_against_its_annotation_are_accepted():
     assert petl.build_config("lora", lora_alpha=0.5).lora_alpha == 0.5
     assert petl.build_config("oft", r=0, oft_block_size=4).r == 0
 
 
 @pytest.mark.parametrize("name", ["lora", "mola"])
-def test_a_missing_module_to_save_is_refused(name):
-    with pytest.raises(
-        petl.InputError, match="'lm_haed' matches no module; did you mean 'lm_head'"
-    ):
-        petl.wrap(testing.tiny_llama(), name, modules_to_save=["lm_haed"])
+def test_names_of_heads_may_be_more_than_the_model_has(name):
     kept = petl.wrap(testing.tiny_llama(), name, modules_to_save=["lm_head", "classifier", "score"])
     assert any("lm_head" in key for key, p in kept.named_parameters() if p.requires_grad)
 
@@ -231,38 +175,6 @@ def test_one_config_serves_several_models_and_is_left_as_it_was():
 def test_a_config_of_a_loss_is_wrapped_with_its_method():
     config = petl.get("density")(method="lora", method_config={"target_modules": ["q_proj"]})
     assert extra_losses(seeded(config))
-
-
-@pytest.mark.parametrize("name", ["model", "name"])
-@pytest.mark.parametrize("loss", ["density", "distill"])
-def test_arguments_of_wrap_in_the_fields_of_a_method_are_refused(loss, name):
-    with pytest.raises(petl.InputError, match=f"method_config has {name}, .* of method='lora'"):
-        petl.wrap(testing.tiny_llama(), loss, method_config={name: "mola"})
-
-
-def test_fields_next_to_a_config_are_refused():
-    with pytest.raises(petl.InputError, match="r, bias given next to a LoraConfig"):
-        seeded(petl.get("lora")(), r=4, bias="all")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (peft.PromptTuningConfig(num_virtual_tokens=3), "PromptTuningConfig is not the config"),
-        (7, "int is not the config of a method"),
-        (peft.LoraConfig, "type is not the config of a method"),
-    ],
-)
-def test_what_is_neither_name_nor_config_is_refused(given, message):
-    with pytest.raises(petl.InputError, match=message):
-        seeded(given)
-
-
-def test_the_values_of_a_config_are_checked():
-    with pytest.raises(petl.InputError, match=r"lora_dropout=1\.5 is not in \[0, 1\)"):
-        seeded(peft.LoraConfig(lora_dropout=1.5))
-    with pytest.raises(petl.InputError, match=r"r=2\.5 is not an? "):
-        seeded(peft.LoraConfig(r=2.5))
 
 
 OWN = [n for n in adaptable("llama") if petl.method(n).own and n != "binary"]

@@ -6,7 +6,7 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 
-from petl.data.batch_sampler import Buckets, SequentialStepSampler, StepSampler
+from petl.data.batch_sampler import Buckets, SequentialStepSampler, StepSampler, best_fit
 
 
 def steps_of(plan: StepSampler) -> list[list[list[int]]]:
@@ -123,3 +123,9 @@ def test_a_process_without_rows_still_has_something_to_compute():
     second = steps_of(plan)[1]  # two rows for four processes
     assert plan.num_spare_micro_batches(2) == 1
     assert [len(piece) for piece in second] == [1]
+
+
+def test_a_text_joins_the_fullest_block_that_has_room():
+    assert best_fit([6, 3, 1], 10) == [[0, 1, 2]]
+    assert best_fit([7, 5, 3, 2], 10) == [[0, 2], [1, 3]]
+    assert best_fit([10, 10], 10) == [[0], [1]]

@@ -221,7 +221,7 @@ def test_a_sampler_resumes_at_its_saved_state():
     assert list(done) == []
     for each in (again, done):
         assert len(list(each)) == len(each)  # the epoch after that is whole
-    with pytest.raises(InputError, match="other lengths or settings"):
+    with pytest.raises(InputError):
         BucketBatchSampler(SOME, **{**settings, "seed": 4}).load_state_dict(state)
 
 
@@ -309,14 +309,6 @@ def test_long_rows_count_more_against_the_budget():
     assert buckets.steps[-1] < plain.steps[-1]
 
 
-def test_a_budget_below_the_longest_row_is_refused():
-    with pytest.raises(InputError, match=r"train.max_tokens=9 is less than the 12 tokens"):
-        Buckets.of_equal_tokens(np.array([3, 12], np.int32), 2, 1, max_tokens=9)
-    counted = r"the 24 tokens that train.quadratic=12 counts"
-    with pytest.raises(InputError, match=counted):
-        Buckets.of_equal_tokens(np.array([3, 12], np.int32), 2, 1, max_tokens=20, quadratic=12)
-
-
 # Steps of petl's own loop with a size for each bucket
 
 
@@ -331,11 +323,6 @@ def test_steps_have_at_most_the_rows_of_their_bucket_and_are_as_few_as_possible(
             bound = next(bound for bound in sizes if lengths[rows].max() <= bound)
             assert len(rows) <= sizes[bound]
             assert len(set(lengths[rows])) == 1
-
-
-def test_a_row_longer_than_every_bucket_is_refused():
-    with pytest.raises(InputError, match=r"train.batch_sizes ends at rows of 8 tokens, .* has 9"):
-        Buckets.of_batch_sizes(np.array([3, 9], np.int32), {8: 2})
 
 
 def test_an_estimate_has_edges_counts_and_padding():

@@ -8,7 +8,6 @@ import pytest
 
 from petl.data.base import read_data
 from petl.data.inputs import read_inputs
-from petl.errors import InputError
 
 TURNS = [
     [("customer", "where is it?"), ("agent", "on its way"), ("customer", "thanks")],
@@ -67,25 +66,3 @@ def test_columns_inside_objects_are_named_by_dots(tmp_path):
         new = list(read_inputs([str(tmp_path / name)], raw.task, settings))
         assert [own for own, _ in new] == rows, "predictions have the rows as they are"
         assert [row["text"] for _, row in new] == [f"text {i}" for i in range(4)]
-
-
-@pytest.mark.parametrize(
-    ("turn", "settings", "message"),
-    [
-        ({"speaker": "user", "text": "a"}, {}, r"keys are speaker, text.*data\.role=KEY"),
-        ({"role": "agent", "content": "a"}, {}, r"data\.roles=\{agent: \.\.\.\}, each user, assis"),
-        ({"role": "user", "content": "a"}, {"role": "who"}, "who and content"),
-        ({"role": "user", "content": "a"}, {"roles": {"a": "boss"}}, "mapping of words to user"),
-        ({"role": "user", "content": "a"}, {"role": "role", "prompt": "q", "answer": "a"},
-         "give one of them"),
-    ],
-)  # fmt: skip
-def test_what_is_missing_is_named(tmp_path, turn, settings, message):
-    with pytest.raises(InputError, match=message):
-        read(tmp_path / "a.jsonl", [{"messages": [turn]}], **settings)
-
-
-def test_a_missing_path_lists_those_that_are_there(tmp_path):
-    rows = [{"review": {"body": "a", "stars": "1"}}]
-    with pytest.raises(InputError, match=r"available: review, review\.body, review\.stars"):
-        read(tmp_path / "a.jsonl", rows, "classification", text="review.txt", label="review.stars")

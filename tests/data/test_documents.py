@@ -4,9 +4,8 @@ import textwrap
 
 import pytest
 
-from petl.data.base import data_source, read_data
+from petl.data.base import read_data
 from petl.data.documents import LONGEST, marked, parts_of, passages, sections
-from petl.errors import InputError
 
 TEA = """\
 ---
@@ -110,30 +109,6 @@ def test_held_out_passages_are_queries_among_all_passages(tmp_path):
     assert held.isdisjoint(data.train["query"])
     assert {*data.train["positive"]} < documents
     assert len(data.train) == 10
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [("# One\n\nA text.\n", ["1 passages", "at least 10"]), ("", ["0 passages"])],
-)
-def test_too_few_passages_are_refused(tmp_path, text, words):
-    (tmp_path / "a.md").write_text(text)
-    with pytest.raises(InputError) as error:
-        source(tmp_path)
-    assert all(word in str(error.value) for word in words)
-
-
-def test_a_folder_without_texts_is_refused_before_anything_is_read(tmp_path):
-    (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    for path, words in (
-        (tmp_path, r"\.md, \.markdown, \.txt"),
-        (tmp_path / "nowhere", "nowhere"),
-        (None, r"data\.path is not given"),
-    ):
-        settings = {"name": "documents", "source": "documents", "task": "retrieval"}
-        given = data_source({**settings, "path": path and str(path)})
-        with pytest.raises(InputError, match=words):
-            given.check()
 
 
 def test_links_that_lead_out_of_the_folder_are_not_read(tmp_path):

@@ -231,7 +231,7 @@ def test_a_damaged_image_is_refused_before_training_by_its_conversation(tmp_path
     (tmp_path / "a.png").write_bytes(packed.getvalue()[:-400])  # the header is sound
     file = write_rows(tmp_path / "rows.jsonl", [row("a.png", "red")] * 2)
     data = read_data(settings(file))
-    with pytest.raises(InputError, match=r"Which color.*a\.png cannot be read"):
+    with pytest.raises(InputError, match=r"Which color.*a\.png"):
         data.task.encode(built("llava")[1], data.train)
 
 

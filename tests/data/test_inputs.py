@@ -54,34 +54,17 @@ def test_rows_without_labels_are_read_for_every_task(tmp_path, task, row, settin
     assert read(tmp_path, row, task, **settings) == expected
 
 
-def test_an_empty_text_to_predict_is_to_be_removed(tmp_path):
-    with pytest.raises(InputError, match=r"line 1: text is empty; .*remove it"):
-        read(tmp_path, {"text": " "}, TWO)
-
-
 def test_rows_with_labels_have_those_of_the_task(tmp_path):
     row = {"text": "x", "label": "good"}
     assert read(tmp_path, row, TWO, labels=True) == {"text": "x", "label": 1}
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 1: label is 'meh', which"):
-        read(tmp_path, {**row, "label": "meh"}, TWO, labels=True)
-    with pytest.raises(InputError, match="has no column 'label'"):
-        read(tmp_path, {"text": "x"}, TWO, labels=True)
     found = read(tmp_path, {"messages": PAIR}, CausalLM(chat=True), labels=True)
     assert found == {"messages": PAIR}
 
 
 def test_an_adapter_reads_the_kind_of_rows_that_it_was_trained_on(tmp_path):
-    both, chat = {"text": "x", "prompt": "q"}, CausalLM(chat=True)
-    assert read(tmp_path, both, chat) == {"messages": PAIR[:1]}
+    both = {"text": "x", "prompt": "q"}
+    assert read(tmp_path, both, CausalLM(chat=True)) == {"messages": PAIR[:1]}
     assert read(tmp_path, both, CausalLM()) == {"text": "x"}
-    with pytest.raises(InputError, match="has no column 'messages'; available: text"):
-        read(tmp_path, {"text": "x"}, chat)
-    with pytest.raises(InputError, match="has no column 'text'; available: prompt"):
-        read(tmp_path, {"prompt": "q"}, CausalLM())
-    with pytest.raises(InputError, match=r"was trained on conversations: give data\.messages, or"):
-        read(tmp_path, {"a": "x"}, chat, text="a")
-    with pytest.raises(InputError, match=r"was trained on plain texts: give data\.text"):
-        read(tmp_path, {"a": "x"}, CausalLM(), messages="a")
 
 
 def test_files_are_read_as_they_are_needed(tmp_path):
@@ -89,10 +72,8 @@ def test_files_are_read_as_they_are_needed(tmp_path):
     file.write_text("text\n" + "x\n" * 5 + "a,b\n")
     rows = iter(read_inputs([str(file)], TWO, {}))
     assert [next(rows)[1] for _ in range(5)] == [{"text": "x"}] * 5
-    with pytest.raises(InputError, match="line 7: 2 in place of the 1 fields"):
+    with pytest.raises(InputError, match="line 7"):
         next(rows)
-    with pytest.raises(InputError, match=r"FILE=.*gone\.csv does not exist"):
-        next(iter(read_inputs([str(tmp_path / "gone.csv")], TWO, {})))
 
 
 def media(folder, name, labels=False):
@@ -120,10 +101,8 @@ def test_images_are_files_those_of_a_folder_or_those_of_a_table(tmp_path):
     assert row == {"path": files[1]}
     assert media(tmp_path, "t.csv", labels=True)[0][1]["label"] == 1
     (tmp_path / "t.csv").write_text("path,label\nin/b/2.png,c\n")
-    with pytest.raises(InputError, match="has the class 'c', which is none of the adapter's"):
-        media(tmp_path, "t.csv", labels=True)
-    (tmp_path / "t.csv").write_text("path\nin/b/3.png\n")
-    with pytest.raises(InputError, match=r"path of .*t\.csv, line 2=.*3\.png does not exist"):
-        media(tmp_path, "t.csv")
-    with pytest.raises(InputError, match="has no labels: give a folder with one subfolder"):
-        media(tmp_path, "in/a/1.png", labels=True)
+    (tmp_path / "u.csv").write_text("path\nin/b/3.png\n")
+    wrong = {"t.csv": "'c'", "u.csv": r"u\.csv, line 2.*3\.png", "in/a/1.png": "labels"}
+    for name, words in wrong.items():
+        with pytest.raises(InputError, match=words):
+            media(tmp_path, name, labels=name != "u.csv")

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from petl.data.overlap import TrainingInputs
+from petl.data.overlap import Overlap, TrainingInputs
 from petl.data.tasks.causal_lm import CausalLM
 from petl.training.retain.texts import halves, texts_for
 
@@ -60,3 +60,11 @@ def test_the_half_that_finished_runs_have_replayed_stays():
     assert (len(one), len(other)) == (50, 70)
     digest = hashlib.sha256("\0".join(one).encode()).hexdigest()
     assert digest == "0eb43fb6563a515009b3d56914e7c9c2e03196cef005c4e8139c402cd07bb93d"
+
+
+@pytest.mark.parametrize(
+    ("counts", "is_most"),
+    [((10, 6, 0), True), ((10, 5, 0), False), ((10, 2, 4), True), ((10, 1, 1, 4), True)],
+)
+def test_test_rows_that_are_training_rows_in_any_way_are_counted_together(counts, is_most):
+    assert Overlap(*counts).is_most == is_most

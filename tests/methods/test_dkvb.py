@@ -281,18 +281,18 @@ def test_sparse_adam_equals_torchs_on_sparse_gradients():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda p: AdamW(p, lr=0.1, weight_decay=0.0), "its moments"),
-        (lambda p: torch.optim.Adam(p, lr=0.1), "its moments"),
+        (lambda p: AdamW(p, lr=0.1, weight_decay=0.0), "moments"),
+        (lambda p: torch.optim.Adam(p, lr=0.1), "moments"),
         (lambda p: SGD(p, lr=0.1, momentum=0.9), "momentum=0.9"),
         (lambda p: SGD(p, lr=0.1, weight_decay=0.01), "weight_decay=0.01"),
         (lambda p: Adagrad(p, lr=0.1, weight_decay=0.01), "weight_decay=0.01"),
-        (lambda p: torch.optim.Rprop(p, lr=0.1), "it may"),
+        (lambda p: torch.optim.Rprop(p, lr=0.1), "Rprop"),
     ],
 )
 def test_optimizers_that_move_other_values_are_refused(make, reason):
     model = on_plain(torch.randn(8, 12))
     optimizer = make([p for p in model.parameters() if p.requires_grad])
-    with pytest.raises(InputError, match=f"{reason}.*make_optimizer"):
+    with pytest.raises(InputError, match=reason):
         petl.lifecycle(model).attach_optimizer(optimizer)
 
 
@@ -461,7 +461,7 @@ def test_a_saved_head_gives_the_same_logits_and_leaves_out_the_models_own(tmp_pa
 def test_another_width_of_the_encoder_is_refused(tmp_path):
     rows = torch.randn(8, 12)
     on_plain(rows).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"12.*16|16.*12"):
+    with pytest.raises(InputError, match="16"):
         petl.load(Plain(16, 3), tmp_path)
 
 
@@ -532,39 +532,26 @@ def test_an_added_adapter_learns_keys_of_its_own(caplog):
     assert not torch.equal(other.keys, adapter_of(model).keys)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"projection": "split", "codebooks": 5}, "codebooks=5 does not divide 12"),
-        ({"value_dim": 4}, "value_dim=4 has no effect: it acts with decoder=linear"),
-        ({"modules_to_save": ["encoder"]}, "modules_to_save"),
-        ({"target_modules": ["encoder"]}, "encoder"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"decoder": "mlp"}, "decoder"),
-        ({"pool": "mean"}, "pool=mean needs"),
-    ],
-)
-def test_wrong_fields_are_refused(fields, message):
-    with pytest.raises(InputError, match=message):
-        on_plain(torch.randn(4, 12), **fields)
-
-
-def test_missing_or_useless_calibration_is_refused():
-    with pytest.raises(InputError, match="calibration"):
-        petl.wrap(Plain(12, 3), "dkvb")
-    with pytest.raises(InputError, match="no rows"):
-        petl.wrap(Plain(12, 3), "dkvb", calibration=[])
-    with pytest.raises(InputError, match="not finite"):
-        on_plain(torch.full((4, 12), torch.nan))
-    with pytest.raises(InputError, match="pieces have the shape"):
-        Keys(torch.randn(2, 3, 4)).update(torch.randn(5, 2, 3))
-
-
-def test_a_model_without_a_plain_head_is_refused():
-    batch = testing.TINY_MODELS["llama"].batch()
-    with pytest.raises(InputError, match="no module classifier, score or head"):
-        petl.wrap(testing.tiny_llama(), "dkvb", calibration=[batch])
+def two_layers_as_head() -> Plain:
     model = Plain(12, 3)
     model.classifier = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3))
-    with pytest.raises(InputError, match="2 linear layers"):
-        petl.wrap(model, "dkvb", calibration=[{"x": torch.randn(4, 12)}])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: on_plain(torch.randn(4, 12), pool="mean"), "pool=mean"),
+        (lambda: on_plain(torch.full((4, 12), torch.nan)), "finite"),
+        (lambda: on_plain(torch.randn(4, 12), projection="split", codebooks=5), "codebooks=5.* 12"),
+        (
+            lambda: petl.wrap(
+                two_layers_as_head(), "dkvb", calibration=[{"x": torch.randn(4, 12)}]
+            ),
+            "2 linear",
+        ),
+    ],
+)
+def test_models_and_data_that_do_not_fit_are_refused(make, words):
+    with pytest.raises(InputError, match=words):
+        make()

@@ -14,13 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import petl
 from petl import testing
 from petl.core.strengths import best_strength
-from petl.errors import InputError, UnknownNameError, UnsupportedError
+from petl.errors import InputError, UnsupportedError
 from petl.methods import icv
 from petl.methods.icv.config import hosts
 from petl.methods.icv.directions import last_states
 from petl.methods.icv.steering import Steer, steered
 from petl.testing import TINY_MODELS, logits
-from petl.testing.models import tiny_gpt2, tiny_llama, tiny_t5
+from petl.testing.models import tiny_gpt2, tiny_llama
 
 CONTRACT = {
     "models": ("llama", "gpt2", "bert", "vit"),  # a T5 has two stacks
@@ -268,8 +268,9 @@ def test_two_adapters_of_one_vector_and_strength_equal_one(tmp_path):
 
 def test_adapters_that_keep_the_norm_and_others_are_not_active_together():
     model = with_two(scale="plain", keep_norm=False)
-    with pytest.raises(UnsupportedError, match="cannot be active together: they have"):
+    with pytest.raises(UnsupportedError):
         model.base_model.set_adapter(["default", "b"])
+    assert model.active_adapters == ["default"]
 
 
 def test_strength_and_scale_are_saved_and_the_runs_data_are_not(tmp_path):
@@ -314,8 +315,6 @@ def test_calibrated_vectors_can_train():
 
 def test_a_classifier_is_steered_only_by_training():
     tiny = TINY_MODELS["bert"]
-    with pytest.raises(UnsupportedError, match="does not generate"):
-        petl.wrap(tiny.base(), "icv", calibration=demonstrations())
     model = petl.wrap(tiny.base(), "icv", **ZERO)
     assert set(vectors(model)) == {f"bert.encoder.layer.{i}.output.dense" for i in range(2)}
 
@@ -349,7 +348,7 @@ def test_two_processes_give_the_vectors_of_one():
 
 def test_the_best_strength_is_chosen_and_scores_are_returned():
     model, batch = wrapped(strength="auto"), TINY_MODELS["llama"].batch()
-    with pytest.raises(InputError, match="choose_strength"):
+    with pytest.raises(InputError):
         model(**batch)
     config = model.peft_config["default"]
 
@@ -367,38 +366,12 @@ def test_the_best_strength_is_chosen_and_scores_are_returned():
     assert config.strength == 1.0
 
 
-def test_equal_scores_choose_the_smaller_strength_and_nan_none():
+def test_equal_scores_choose_the_smaller_strength_and_nan_is_left_out():
     assert best_strength({0.4: 1.0, 0.1: 1.0, 0.2: 2.0}, higher_is_better=False) == 0.1
     assert best_strength({0.1: math.nan, 0.2: 2.0}, higher_is_better=False) == 0.2
-    with pytest.raises(InputError, match="no strength"):
-        best_strength({0.1: math.nan}, higher_is_better=True)
 
 
 # Refusals
-
-WRONG = {
-    "strength='strong' is not a number": {"strength": "strong"},
-    "strength=inf": {"strength": math.inf},
-    "strength=0 with train=True": {"strength": 0, "train": True},
-    "mode='attn' is not one of mlp, stream": {"mode": "attn"},
-    "keep_norm=False goes with scale='plain'": {"keep_norm": False},
-    "pairs=None starts the vectors at zero, which only train": {"pairs": None},
-    "which have no direction; it needs": {"pairs": None, "train": True},
-    "layers=.. is empty": {"layers": []},
-    r"layers=.-1. has entries": {"layers": [-1]},
-    r"layers=.7. is not in .0, 2.": {"layers": [7]},
-    "rank=0 is not at least 1": {"rank": 0},
-    "layers_to_transform=.0.: mode and layers": {"layers_to_transform": [0]},
-    "target_modules=.* are not the modules": {"target_modules": ["q_proj"]},
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_wrong_fields_are_refused(message):
-    base = tiny_llama()
-    with pytest.raises(InputError, match=message):
-        wrapped(base, **WRONG[message])
-    assert not any("icv" in name for name, _ in base.named_modules())
 
 
 def without(key):
@@ -408,13 +381,11 @@ def without(key):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "no demonstrations"),
-        (print, "takes batches of demonstrations"),
-        (without("target_input_ids"), "has no tensor target_input_ids"),
-        ([TINY_MODELS["llama"].batch()], "it has input_ids, attention_mask, labels"),
-        ([{**demonstrations()[0], "source_attention_mask": torch.ones(4, 2)}], "differ in shape"),
+        (print, "batches"),
+        (without("target_input_ids"), "target_input_ids"),
+        ([{**demonstrations()[0], "source_attention_mask": torch.ones(4, 2)}], "shape"),
         ([{**demonstrations()[0], "source_input_ids": torch.ones(3, 2)}], "equal rows"),
-        ([{k: v * 0 for k, v in demonstrations()[0].items()}], "a source .* is empty"),
+        ([{k: v * 0 for k, v in demonstrations()[0].items()}], "empty"),
     ],
 )
 def test_wrong_demonstrations_are_refused(batches, message):
@@ -424,30 +395,9 @@ def test_wrong_demonstrations_are_refused(batches, message):
     assert not any("icv" in name for name, _ in base.named_modules())
 
 
-def test_calibration_is_needed_unless_vectors_train_from_zero():
-    with pytest.raises(InputError, match="'icv' needs calibration data"):
-        petl.wrap(tiny_llama(), "icv")
-    with pytest.raises(InputError, match="no direction with scale='cosine'"):
-        petl.wrap(tiny_llama(), "icv", train=True)
-    petl.wrap(tiny_llama(), "icv", **ZERO)
-    with pytest.raises(InputError, match="does not use calibration"):
-        wrapped(pairs=None, **ZERO)
-
-
-def test_pairs_of_stacks_and_unknown_adapters_are_refused():
-    with pytest.raises(UnsupportedError, match="encoder-decoder"):
-        petl.wrap(tiny_t5(), "icv", calibration=demonstrations())
-    with pytest.raises(UnknownNameError, match="no adapter 'c'"):
-        icv.calibrate(wrapped(), demonstrations(), "c")
-    with pytest.raises(InputError, match="has no ICV adapter"):
-        icv.calibrate(petl.wrap(tiny_llama(), "lora"), demonstrations())
-    with pytest.raises(UnsupportedError, match="has no strength"):
-        icv.choose_strength(petl.wrap(tiny_llama(), "ia3"), float)
-
-
 def test_states_that_are_not_finite_are_refused():
     base = tiny_llama()
     with torch.no_grad():
         base.model.layers[1].mlp.down_proj.weight[0] = math.nan
-    with pytest.raises(InputError, match="behind block 1 are not finite"):
+    with pytest.raises(InputError, match="block 1"):
         wrapped(base)

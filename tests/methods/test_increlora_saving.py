@@ -69,14 +69,12 @@ def test_compact_file_loads_into_a_model_of_full_capacity(tmp_path):
 def test_files_whose_components_do_not_fit_raise(tmp_path):
     grown(target_total_rank=50, top_h=2).save_pretrained(tmp_path)
     model = grown(target_total_rank=24, top_h=4, rank_step=2)
-    with pytest.raises(
-        InputError, match="17 components, 1 of them active, do not fit the capacity 7"
-    ):
+    with pytest.raises(InputError, match="17 components"):
         model.load_adapter(tmp_path, "default", is_trainable=True)
     weights = load_file(tmp_path / ADAPTER)
     name = next(key for key in weights if key.endswith(".E"))
     save_file({**weights, name: weights[name][:3]}, tmp_path / ADAPTER)
-    with pytest.raises(InputError, match="differ in their number of components"):
+    with pytest.raises(InputError, match="number of components"):
         petl.load(tiny_llama(2), tmp_path)
 
 

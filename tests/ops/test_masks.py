@@ -70,5 +70,5 @@ def test_nan_in_a_group_is_the_largest_and_too_many_to_prune_are_an_error():
     scores = torch.tensor([0.3, torch.nan, 0.1])
     packed = masks.prune_smallest([all_kept(3)], lambda i: scores, 2)
     assert unpack_mask(packed[0], (3,)).tolist() == [False, True, False]
-    with pytest.raises(ValueError, match="rank 4 is above the 3 entries"):
+    with pytest.raises(ValueError, match=r"rank 4 .*3 entries"):
         masks.prune_smallest([all_kept(3)], lambda i: scores, 4)

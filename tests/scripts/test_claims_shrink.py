@@ -40,7 +40,7 @@ def test_what_was_measured_reaches_the_page_of_claims(tmp_path, monkeypatch):
     monkeypatch.setattr(shrink, "PUBLISHED", tmp_path / "published.json")
     assert "Not tried yet" in "".join(shrink.section())
     assert "[shrink](#shrink)" in page.page()
-    with pytest.raises(InputError, match="no results of claims"):
+    with pytest.raises(InputError):
         publish(tmp_path, "shrink")
     found = {"0.5": {str(seed): scores_of(seed) for seed in range(3)}}
     (tmp_path / "shrink").mkdir()

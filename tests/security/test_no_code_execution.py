@@ -94,7 +94,7 @@ def test_the_bomb_explodes_if_it_is_unpickled(ran):
 
 def test_a_pickle_in_place_of_the_adapter_is_not_read(load, run, ran):
     torch.save(Bomb(ran), run / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError):
         load()
     assert not ran.exists()
 
@@ -102,7 +102,7 @@ def test_a_pickle_in_place_of_the_adapter_is_not_read(load, run, ran):
 def test_a_pickle_next_to_the_config_is_not_read(load, run, ran):
     (run / "adapter" / "adapter_model.safetensors").unlink()
     torch.save(Bomb(ran), run / "adapter" / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"adapter_model\.bin is not read, such files can contain"):
+    with pytest.raises(InputError):
         load()
     assert not ran.exists()
 
@@ -147,7 +147,7 @@ def test_an_adapter_of_the_hub_is_read_from_safetensors_only(run, hub_cache, ran
     expected = load_file(whole / "adapter_model.safetensors")
     found = get_peft_model_state_dict(petl.load(load_base(settings, task), "someone/whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    with pytest.raises(InputError, match=r"someone/hostile has no adapter_model\.safetensors"):
+    with pytest.raises(InputError):
         petl.load(load_base(settings, task), "someone/hostile")
     assert not ran.exists()
 
@@ -161,7 +161,7 @@ def test_a_mixture_cannot_name_experts_that_are_pickles(tiny, run, tmp_path, ran
     shutil.copy(run / "adapter" / "adapter_model.safetensors", tmp_path / "mixture")
     edit(tmp_path / "mixture" / "adapter_config.json", adapters={"0": str(tmp_path / "expert")})
     base = LlamaForCausalLM.from_pretrained(tiny.folder / "llama")
-    with pytest.raises(InputError, match=r"expert has no adapter_model\.safetensors; adapter_mod"):
+    with pytest.raises(InputError, match="expert"):
         petl.load(base, tmp_path / "mixture")
     assert not ran.exists()
 
@@ -176,9 +176,7 @@ def test_prompts_cannot_be_initialized_from_a_pickle(tiny, tmp_path, ran):
         prompt_tuning_init="EXACT_SOURCE_TASK",
         prompt_tuning_init_state_dict_path=str(tmp_path / "start.bin"),
     )
-    with pytest.raises(
-        InputError, match=r"start\.bin', a file that could contain code: set it to null"
-    ):
+    with pytest.raises(InputError, match=r"start\.bin"):
         petl.load(LlamaForCausalLM.from_pretrained(tiny.folder / "llama"), tmp_path / "prompts")
     assert not ran.exists()
 
@@ -200,9 +198,7 @@ def test_an_adapters_config_is_data(load, run, ran):
 def test_an_adapter_cannot_name_a_module_to_import(load, run, ran):
     megatron = {"tensor_model_parallel_size": 1}
     edit(run / "adapter" / "adapter_config.json", megatron_config=megatron, megatron_core=MODULE)
-    with pytest.raises(
-        InputError, match=f"megatron_core='{MODULE}', a module that PEFT would import"
-    ):
+    with pytest.raises(InputError, match=f"megatron_core='{MODULE}'"):
         load()
     assert not ran.exists()
 
@@ -221,7 +217,7 @@ def test_a_runs_config_makes_no_objects(run, ran):
     text = (run / "config.yaml").read_text()
     tag = f"!!python/object/apply:os.mkdir ['{ran}']"
     (run / "config.yaml").write_text(text.replace("seed: 0", f"seed: {tag}"))
-    with pytest.raises(InputError, match="which is not supported"):
+    with pytest.raises(InputError, match="python/object/apply"):
         find(run)
     assert not ran.exists()
 
@@ -246,7 +242,7 @@ def test_a_pickle_in_a_checkpoint_with_correct_checksums_is_not_read(tmp_path, r
         (folder / "manifest.json").unlink()
         torch.save(Bomb(ran), folder / "optimizer.safetensors")
     restore_optimizer(whole, optimizer, model)
-    with pytest.raises(InputError, match=r"optimizer\.safetensors cannot be read"):
+    with pytest.raises(InputError):
         restore_optimizer(hostile, optimizer, model)
     assert not ran.exists()
 
@@ -258,7 +254,7 @@ def test_a_template_runs_no_code():
     tokenizer.chat_template = CHATML
     encode_chat(tokenizer, talk)
     tokenizer.chat_template = CHATML + escape
-    with pytest.raises(InputError, match=r"chat template .* refuses"):
+    with pytest.raises(InputError):
         encode_chat(tokenizer, talk)
 
 
@@ -284,9 +280,7 @@ def test_a_base_is_read_from_safetensors_only(base, ran, file):
     if file.endswith(".json"):
         (folder / "pytorch_model.bin").rename(folder / "part.bin")
         (folder / file).write_text('{"metadata": {}, "weight_map": {"a": "part.bin"}}')
-    with pytest.raises(
-        InputError, match=r"base has no model\.safetensors, and petl reads no other format"
-    ):
+    with pytest.raises(InputError):
         load_base(settings, CLASSES)
     assert not ran.exists()
 
@@ -298,7 +292,7 @@ def test_a_base_of_the_hub_is_read_from_safetensors_only(base, hub_cache, ran):
     torch.save(Bomb(ran), folder / "pytorch_model.bin")
     on_the_hub(hub_cache, "someone/hostile", folder)
     load_base({"name": "someone/whole", "source": "hub"}, CLASSES)
-    with pytest.raises(InputError, match=r"someone/hostile has no model\.safetensors"):
+    with pytest.raises(InputError):
         load_base({"name": "someone/hostile", "source": "hub"}, CLASSES)
     assert not ran.exists()
 
@@ -308,9 +302,7 @@ def test_an_adapter_in_a_bases_folder_is_not_read(base, run, ran):
     shutil.copy(run / "adapter" / "adapter_config.json", folder)
     edit(folder / "adapter_config.json", base_model_name_or_path=None)
     torch.save(Bomb(ran), folder / "adapter_model.bin")
-    with pytest.raises(
-        InputError, match=r"base contains an adapter .* give the base model without it"
-    ):
+    with pytest.raises(InputError):
         load_base(settings, CLASSES)
     assert not ran.exists()
 
@@ -337,7 +329,7 @@ def with_code(tiny, run, tmp_path, ran):
 def test_code_of_a_base_runs_only_if_allowed(with_code, ran, monkeypatch, tmp_path):
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     given = {"name": "base", "source": "path", "path": str(with_code)}
-    with pytest.raises(InputError, match=r"read that code, then set model\.trust_remote_code=true"):
+    with pytest.raises(InputError):
         load_base(given, CLASSES)
     assert not ran.exists()
     load_base({**given, "trust_remote_code": True}, CLASSES)
@@ -348,7 +340,7 @@ def test_a_run_cannot_allow_it_itself(run, with_code, ran):
     settings = OmegaConf.load(run / "config.yaml")
     settings.model.path, settings.model.trust_remote_code = str(with_code), True
     OmegaConf.save(settings, run / "config.yaml")
-    with pytest.raises(InputError, match="review it, then add --trust-remote-code"):
+    with pytest.raises(InputError):
         find(run)
     assert not ran.exists()
     assert find(run, trust_remote_code=True).settings["model"]["trust_remote_code"]

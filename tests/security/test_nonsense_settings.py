@@ -14,7 +14,6 @@ from training_fixtures import ROOT, tiny  # noqa: F401
 
 from petl.core.registry import METHODS, list_methods
 from petl.core.support import Capability
-from petl.errors import InputError
 from petl.experiments.planning.plan import plan_run
 from petl.system.settings.schema import flat, plain
 from petl.training.compose import compose, groups
@@ -53,12 +52,6 @@ def test_any_settings_of_a_run_are_planned_or_refused(tiny, overrides):  # noqa:
     start = time.process_time()
     answered(lambda: plan_run(compose([*tiny.classify, *overrides])))
     assert time.process_time() - start < SECONDS
-
-
-def test_steps_of_a_schedule_that_are_text_are_refused(tiny):  # noqa: F811
-    words = [*tiny.classify, "+method=adalora", "++method.tinit=''"]
-    with pytest.raises(InputError, match="tinit"):
-        plan_run(compose(words))
 
 
 @pytest.mark.cells(13)

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from peft import LoraConfig
 
 from petl.cli import main
-from petl.data.models.sources import Folder
+from petl.data.models.sources import ModelFolder
 from petl.data.tasks.classification import Classification
 from petl.errors import InputError, RunStopped, UnknownNameError, markdown, printable
 from petl.experiments.reports import comparison, comparison_report
@@ -235,7 +235,7 @@ def test_pages_have_no_markup_of_a_run(hostile, tmp_path):
 def test_a_model_card_has_no_markup_of_files(tmp_path):
     name = f"---\nlicense: mit\n{MARKUP}: {{'{CLIPBOARD}"
     task = Classification(classes=["```\n# title", HOSTILE], max_length=8)
-    source = Folder(name=name, path=str(tmp_path), source="path", dtype="float32")
+    source = ModelFolder(name=name, path=str(tmp_path), source="path", dtype="float32")
     named = {key: {"name": name, "schedule": name} for key in ("method", "model", "data", "train")}
     after = {f"{name}|": 0.5, "accuracy": float("nan"), "loss": 2.0, "rows": 4.0}
     command = f"petl train data.text='{name.replace(chr(39), '')}' '```' '\n```\n# x'"

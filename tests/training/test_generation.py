@@ -1,11 +1,13 @@
 """Answers that the model writes: what is asked, what is written, how it is compared."""
 
 import functools
+import json
 
 import pytest
 import torch
 from datasets import Dataset
 from tiny_tokenizers import CHATML, byte_tokenizer
+from training_fixtures import train, words, write_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import petl
@@ -104,10 +106,30 @@ def test_answers_end_where_a_table_of_positions_ends():
     base.generation_config.eos_token_id = None
     model = petl.wrap(base, "lora", r=2, task_type="CAUSAL_LM", target_modules=["c_attn"]).eval()
     long = [65 + i for i in range(12)]
-    longer = generation.written(model, tokenizer, [long, long[:3]], 10)
-    assert longer == generation.written(model, tokenizer, [long, long[:3]], 4)
-    with pytest.raises(InputError, match="a prompt has 16 tokens, and the model has 16 positions"):
+    # of the long one alone: 12 tokens leave 4 positions
+    both = generation.written(model, tokenizer, [long, long[:3]], 10)
+    assert both[0] == written(model, tokenizer, {"_prompt": long}, 4)
+    assert both[1] == written(model, tokenizer, {"_prompt": long[:3]}, 10)
+    with pytest.raises(InputError):
         generation.written(model, tokenizer, [long[:3], [*long, *long[:4]]], 10)
+
+
+def test_a_prompt_without_room_for_its_answer_is_found_before_training(tmp_path):
+    config = GPT2Config(vocab_size=len(words()), n_positions=24, n_embd=16, n_layer=1, n_head=2)
+    template = "{% for m in messages %}{{ m.content }} [SEP] {% endfor %}"
+    write_model(tmp_path / "gpt2", GPT2LMHeadModel, config, chat_template=template)
+    for name, length in (("train", 2), ("test", 30)):
+        # the first answer is within data.max_length, the last is behind a long question
+        texts = ["old", f"cat {name}", "red " * length, "dog"]
+        roles = ["user", "assistant"] * 2
+        chat = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 4)
+    files = [f"data.{name}={tmp_path}/{name}.jsonl" for name in ("train", "test")]
+    run = ["model=path", f"model.path={tmp_path}/gpt2", "data=files", "data.task=causal_lm", *files]
+    few = ["data.max_length=12", "data.generate=4", "train.steps=1", "train.score_before=false"]
+    with pytest.raises(InputError, match="24"):
+        train([*run, *few, "+method=lora"], tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_single_row_is_written_with_drafts_in_float32_and_as_without(monkeypatch):

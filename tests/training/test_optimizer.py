@@ -10,8 +10,8 @@ from transformers import BertForSequenceClassification, get_scheduler
 
 import petl
 from petl.core.parameters import trainable
-from petl.errors import InputError
-from petl.training.optimizer import all_finite, fraction_of_peak, groups, make_optimizer
+from petl.testing import tiny_bert
+from petl.training.optimizer import all_finite, decays, fraction_of_peak, groups, make_optimizer
 from petl.training.runs.settings import TrainConfig
 
 
@@ -85,16 +85,17 @@ def test_factors_that_begin_as_a_part_of_the_weight_do_not_decay():
     assert any("lora_A" in name for name in decay)
 
 
-def test_loraplus_without_a_lora_b_is_refused():
-    with pytest.raises(
-        InputError, match="loraplus_ratio=16 has no effect: it needs tensors named lora_B"
-    ):
-        groups(nn.Linear(2, 2), TrainConfig(loraplus_ratio=16))
-
-
-def test_nothing_to_train_is_refused():
-    with pytest.raises(InputError, match="has no trainable parameter"):
-        groups(nn.Linear(2, 2).requires_grad_(False), TrainConfig())
+@pytest.mark.parametrize("method", ["ia3", "boft", "lora"])
+def test_decay_alone_leaves_the_base_model_as_it_is(method):
+    base = tiny_bert().eval()
+    batch = {"input_ids": torch.arange(1, 9)[None]}
+    before = base(**batch).logits.detach()
+    model = petl.wrap(base, method, target_modules=["query", "value"])
+    optimizer = make_optimizer(model, TrainConfig(lr=0.1, weight_decay=1.0))
+    for _, parameter in trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model(**batch).logits, before)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
@@ -133,3 +134,11 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_hides(where):
     target = layer.weight.data if where == "weight" else optimizer.state[layer.weight]["exp_avg"]
     target[1, 1] = float("nan")
     assert not all_finite(layer, optimizer)
+
+
+def test_matrices_and_sparse_values_decay():
+    matrix, vector = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3))
+    assert decays("q_proj.lora_A.default.weight", matrix)
+    assert decays("q_proj.petl_sparse_adapters.default.values", vector)
+    assert not decays("q_proj.bias", vector)
+    assert not decays("embed_tokens.trainable_tokens_delta.default", matrix)

@@ -27,7 +27,7 @@ from petl.adapters.check.folder import (
     locate,
     module_of,
 )
-from petl.adapters.check.rule import Rule, asked
+from petl.adapters.check.rule import CheckRule, asked
 from petl.adapters.check.weights import TensorFile
 from petl.errors import InputError, shown
 from petl.system.files.disk import sha256
@@ -40,7 +40,7 @@ from petl.training.watch.findings import Finding, Severity
 # format
 
 
-class Config(TypedDict, total=False):
+class AdapterEntries(TypedDict, total=False):
     """The entries of adapter_config.json that rules read, where a config has them."""
 
     base_model_name_or_path: str | None
@@ -55,7 +55,7 @@ class Config(TypedDict, total=False):
     layers_pattern: list[str] | str | None
 
 
-class OtherFields(Config, total=False):
+class OtherFields(AdapterEntries, total=False):
     """Those that methods beside LoRA have, with patterns."""
 
     feedforward_modules: list[str] | str | None
@@ -67,7 +67,7 @@ class OtherFields(Config, total=False):
     n_frequency_pattern: dict[str, Any] | None
 
 
-class LoraFields(Config, total=False):
+class LoraFields(AdapterEntries, total=False):
     """Those that a LoRA has besides."""
 
     r: int
@@ -272,7 +272,8 @@ def strangers(subject: Subject) -> Iterator[Found]:
             known = is_target(subject, module_of(name[: name.rindex(".lora_")])) > is_magnitude
         else:
             path = f".{module_of(name)}"
-            known = bool(BESIDE.search(name)) or any(f".{module}." in path for module in trained)
+            # as PEFT compares: "norm" is also the end of "input_layernorm"
+            known = bool(BESIDE.search(name)) or any(f"{module}." in path for module in trained)
         found += [] if known else [name]
     if found:
         what = f"{len(found)} of {len(subject.weights.stored)} tensors belong to no target"
@@ -287,7 +288,7 @@ def absent(subject: Subject) -> Iterator[Found]:
     lists = targets if isinstance(targets, list) and targets[:1] != ["all-linear"] else []
     without = [each for each in lists if not any(p.endswith(f".{each}.") for p in paths)]
     wanted = subject.config.get("modules_to_save") or []
-    lacking = [each for each in wanted if not any(f".{each}." in name for name in names)]
+    lacking = [each for each in wanted if not any(f"{each}." in name for name in names)]
     # PEFT lists two names of heads, of which a model has one
     if lacking in (["classifier"], ["score"]) and {"classifier", "score"} <= {*wanted}:
         lacking = []
@@ -359,7 +360,8 @@ def incomplete(subject: Subject) -> Iterator[Found]:
             # architectures differ in every Nth block, and in the first or last ones
             regular = (len(missing) > 1 and missing in ends) or _in_steps(missing)
             if not regular and not _in_steps(having):
-                lacking += [owner.format(block) + name for block in missing]
+                paths = [owner.format(block) + name for block in missing]
+                lacking += [path for path in paths if _is_reached(subject, path)]
     if lacking:
         yield Found(
             f"{len(lacking)} modules lack their tensors, and other blocks have them", lacking[0]
@@ -404,10 +406,12 @@ def _expected(subject: Subject, having: set[int]) -> Iterable[int]:
 
 
 def _is_reached(subject: Subject, path: str) -> bool:
-    excluded = subject.config.get("exclude_modules") or ()
+    excluded = subject.patterns.get("exclude_modules") or ()
     if isinstance(excluded, str):
-        raise NotCheckedError(f"exclude_modules={shown(excluded)} is a pattern")
-    return is_target(subject, path) and not any(f".{path}".endswith(f".{n}") for n in excluded)
+        is_excluded = bool(re.fullmatch(excluded, path))
+    else:
+        is_excluded = any(f".{path}".endswith(f".{name}") for name in excluded)
+    return is_target(subject, path) and not is_excluded
 
 
 def _in_steps(blocks: Iterable[int]) -> bool:
@@ -492,12 +496,12 @@ def outliers(subject: Subject) -> Iterator[Found]:
 EARLIER = "go back to an earlier checkpoint"
 TRAIN = "train again: the loss must reach these layers, or leave them out of target_modules"
 DEAD = (
-    Rule("dead.all", Severity.ERROR, without_effect, TRAIN),
-    Rule("dead.some", Severity.ERROR, untrained, TRAIN),
-    Rule("dead.zero", Severity.ERROR, zeroed, EARLIER),
-    Rule("dead.finite", Severity.ERROR, not_finite, EARLIER),
-    Rule("dead.rows", Severity.ERROR, constant, TRAIN),
-    Rule("dead.norm", Severity.NOTE, outliers),
+    CheckRule("dead.all", Severity.ERROR, without_effect, TRAIN),
+    CheckRule("dead.some", Severity.ERROR, untrained, TRAIN),
+    CheckRule("dead.zero", Severity.ERROR, zeroed, EARLIER),
+    CheckRule("dead.finite", Severity.ERROR, not_finite, EARLIER),
+    CheckRule("dead.rows", Severity.ERROR, constant, TRAIN),
+    CheckRule("dead.norm", Severity.NOTE, outliers),
 )
 
 

@@ -60,7 +60,7 @@ class BaseConfig(TypedDict, total=False):
     eos_token_id: int | list[int]
 
 
-class Index(TypedDict):
+class WeightIndex(TypedDict):
     """What is asked of a model.safetensors.index.json: the file of each tensor."""
 
     weight_map: dict[str, str]
@@ -270,7 +270,9 @@ class Subject:
     def base_tensors(self) -> dict[str, Stored]:
         """The tensors of the base by name, as its files have them; {}: these are not at hand."""
         index = self.beside("model.safetensors.index.json")
-        content = read_json(index, Index) if index else {"weight_map": {"": "model.safetensors"}}
+        content = (
+            read_json(index, WeightIndex) if index else {"weight_map": {"": "model.safetensors"}}
+        )
         found: dict[str, Stored] = {}
         for name in {*content["weight_map"].values()}:
             file = self.beside(name) if Path(name).name == name else None

@@ -9,7 +9,7 @@ from petl.errors import InputError
 from petl.training.watch.findings import Finding, Severity
 
 
-class Rule(NamedTuple):
+class CheckRule(NamedTuple):
     """A rule: GROUP.NAME, how much its findings weigh, what finds them, and what mends them."""
 
     id: str
@@ -18,7 +18,9 @@ class Rule(NamedTuple):
     remedy: str = ""
 
 
-def asked(rules: Sequence[Rule], subject: Subject) -> tuple[list[Finding], list[tuple[str, str]]]:
+def asked(
+    rules: Sequence[CheckRule], subject: Subject
+) -> tuple[list[Finding], list[tuple[str, str]]]:
     """Return the findings of rules, and which of them cannot tell, with the reason."""
     findings, not_checked = [], []
     for rule in rules:

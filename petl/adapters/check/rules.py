@@ -8,7 +8,7 @@ from typing import Any
 from petl.adapters.check import chat, contents, serving, with_base
 from petl.adapters.check.findings import Checked, NotCheckedError
 from petl.adapters.check.folder import CONFIG, locate
-from petl.adapters.check.rule import Rule, asked
+from petl.adapters.check.rule import CheckRule, asked
 from petl.adapters.export.engines import ENGINES
 from petl.errors import InputError, choose
 from petl.system.files.paths import is_repository
@@ -28,57 +28,67 @@ FOLD = (
     "LoRA, such as new tokens (petl merge), or petl serve"
 )
 FORMAT = (  # others read what these have found to be right
-    Rule("format.type", ERROR, contents.unknown_type, SAVE),
-    Rule("format.values", ERROR, contents.wrong_values, SAVE),
-    Rule("format.layout", ERROR, contents.foreign, "convert it by the program that wrote it"),
-    Rule("format.weights", ERROR, contents.unreadable, f"{SAVE}; of a pickle: convert it"),
-    Rule("format.link", ERROR, contents.links, "put a copy of the file there"),
-    Rule("format.code", ERROR, contents.code, "set the entry to null"),
+    CheckRule("format.type", ERROR, contents.unknown_type, SAVE),
+    CheckRule("format.values", ERROR, contents.wrong_values, SAVE),
+    CheckRule("format.layout", ERROR, contents.foreign, "convert it by the program that wrote it"),
+    CheckRule("format.weights", ERROR, contents.unreadable, f"{SAVE}; of a pickle: convert it"),
+    CheckRule("format.link", ERROR, contents.links, "put a copy of the file there"),
+    CheckRule("format.code", ERROR, contents.code, "set the entry to null"),
 )
 RULES = (
-    Rule("keys.prefix", ERROR, contents.prefixes, SAVE),
-    Rule("keys.literal", ERROR, contents.literals),
-    Rule("keys.target", ERROR, contents.strangers, FIT),
-    Rule("keys.absent", WARNING, contents.absent, "check the spelling, or leave it out"),
-    Rule("keys.head", ERROR, contents.no_head, SAVE),
-    Rule("keys.pairs", ERROR, contents.unpaired, SAVE),
-    Rule("keys.ranks", ERROR, contents.ranks, FIT),
-    Rule("keys.blocks", ERROR, contents.incomplete, SAVE),
-    Rule("keys.end", ERROR, contents.cut_off, f"{SAVE}, or name its blocks in layers_to_transform"),
+    CheckRule("keys.prefix", ERROR, contents.prefixes, SAVE),
+    CheckRule("keys.literal", ERROR, contents.literals),
+    CheckRule("keys.target", ERROR, contents.strangers, FIT),
+    CheckRule("keys.absent", WARNING, contents.absent, "check the spelling, or leave it out"),
+    CheckRule("keys.head", ERROR, contents.no_head, SAVE),
+    CheckRule("keys.pairs", ERROR, contents.unpaired, SAVE),
+    CheckRule("keys.ranks", ERROR, contents.ranks, FIT),
+    CheckRule("keys.blocks", ERROR, contents.incomplete, SAVE),
+    CheckRule(
+        "keys.end", ERROR, contents.cut_off, f"{SAVE}, or name its blocks in layers_to_transform"
+    ),
     *contents.DEAD,
-    Rule("scale.alpha", ERROR, contents.no_alpha, "write the value of the training there"),
-    Rule(
+    CheckRule("scale.alpha", ERROR, contents.no_alpha, "write the value of the training there"),
+    CheckRule(
         "scale.config", ERROR, contents.other_scale, "restore it, or delete base_fingerprint.json"
     ),
-    Rule("format.changed", ERROR, contents.changed, "restore it, or delete base_fingerprint.json"),
-    Rule("base.fits", ERROR, with_base.misfit, "use the base and the config of the training"),
-    Rule("base.adapted", ERROR, with_base.other_weights, "use the base of the training"),
-    Rule("base.others", NOTE, with_base.others_differ),
-    Rule("base.name", NOTE, with_base.other_name),
-    Rule("base.head", NOTE, with_base.same_head),
-    Rule("base.effect", ERROR, with_base.effect, contents.TRAIN),
-    Rule("base.outputs", ERROR, with_base.unusable, contents.EARLIER),
-    Rule("base.rows", NOTE, with_base.rows_used),
-    Rule("merge.loss", ERROR, with_base.rounded_off, "petl merge --dtype float32"),
-    Rule("merge.kept", NOTE, with_base.merges),
-    Rule("tied.merge", WARNING, serving.tied, "do not merge it: petl serve"),
-    Rule("tied.gguf", ERROR, serving.tied_gguf, "petl serve"),
-    Rule("vocabulary.tokens", ERROR, chat.more_tokens, RESIZE),
-    Rule("vocabulary.indices", ERROR, chat.tokens_beyond, RESIZE),
-    Rule("vocabulary.rows", NOTE, chat.new_rows, RESIZE),
-    Rule("template.missing", WARNING, chat.no_template, TEMPLATES),
-    Rule(
+    CheckRule(
+        "format.changed", ERROR, contents.changed, "restore it, or delete base_fingerprint.json"
+    ),
+    CheckRule("base.fits", ERROR, with_base.misfit, "use the base and the config of the training"),
+    CheckRule("base.adapted", ERROR, with_base.other_weights, "use the base of the training"),
+    CheckRule("base.others", NOTE, with_base.others_differ),
+    CheckRule("base.name", NOTE, with_base.other_name),
+    CheckRule("base.head", NOTE, with_base.same_head),
+    CheckRule("base.effect", ERROR, with_base.effect, contents.TRAIN),
+    CheckRule("base.outputs", ERROR, with_base.unusable, contents.EARLIER),
+    CheckRule("base.rows", NOTE, with_base.rows_used),
+    CheckRule("merge.loss", ERROR, with_base.rounded_off, "petl merge --dtype float32"),
+    CheckRule("merge.kept", NOTE, with_base.merges),
+    CheckRule("tied.merge", WARNING, serving.tied, "do not merge it: petl serve"),
+    CheckRule("tied.gguf", ERROR, serving.tied_gguf, "petl serve"),
+    CheckRule("vocabulary.tokens", ERROR, chat.more_tokens, RESIZE),
+    CheckRule("vocabulary.indices", ERROR, chat.tokens_beyond, RESIZE),
+    CheckRule("vocabulary.rows", NOTE, chat.new_rows, RESIZE),
+    CheckRule("template.missing", WARNING, chat.no_template, TEMPLATES),
+    CheckRule(
         "template.base", WARNING, chat.other_template, "serve with --chat-template, or petl serve"
     ),
-    Rule("template.fails", ERROR, chat.fails, TEMPLATES),
-    Rule("template.bos", ERROR, chat.two_starts, "remove one of them from the template"),
-    Rule("template.adds", NOTE, chat.added_start, "encode it with add_special_tokens=False"),
-    Rule("stop.token", ERROR, chat.no_stop, "make the end of a turn the eos_token, or give --stop"),
-    Rule("dtype.range", WARNING, contents.near_overflow, "train and save in bfloat16"),
-    Rule("engine.asked", ERROR, serving.misread, FOLD),
-    Rule("engine.others", NOTE, serving.engines, FOLD),
-    Rule("leftovers.files", WARNING, serving.leftovers, "move one of the two to another folder"),
-    Rule("leftovers.newer", WARNING, serving.newer, "petl check on it: it may be the one meant"),
+    CheckRule("template.fails", ERROR, chat.fails, TEMPLATES),
+    CheckRule("template.bos", ERROR, chat.two_starts, "remove one of them from the template"),
+    CheckRule("template.adds", NOTE, chat.added_start, "encode it with add_special_tokens=False"),
+    CheckRule(
+        "stop.token", ERROR, chat.no_stop, "make the end of a turn the eos_token, or give --stop"
+    ),
+    CheckRule("dtype.range", WARNING, contents.near_overflow, "train and save in bfloat16"),
+    CheckRule("engine.asked", ERROR, serving.misread, FOLD),
+    CheckRule("engine.others", NOTE, serving.engines, FOLD),
+    CheckRule(
+        "leftovers.files", WARNING, serving.leftovers, "move one of the two to another folder"
+    ),
+    CheckRule(
+        "leftovers.newer", WARNING, serving.newer, "petl check on it: it may be the one meant"
+    ),
 )
 
 

@@ -54,7 +54,7 @@ def difference_of(saved: SavedAdapter, out: Path) -> Difference:
 
 
 @dataclass(frozen=True)
-class Trial:
+class MeasuredSetting:
     """One of several settings of a compression, and the scores on the run's validation rows."""
 
     density: float
@@ -69,7 +69,7 @@ def compress_best(
     *,
     scope: str = "global",
     exclude: Iterable[str] = (),
-) -> tuple[Ternary, list[Trial], str]:
+) -> tuple[Ternary, list[MeasuredSetting], str]:
     """Return the compression that scores best on the run's validation rows, and all trials.
 
     With one density and one alpha nothing is scored.
@@ -93,7 +93,7 @@ def compress_best(
         for (density, alpha), ternary in ProgressItems(pairs, "scoring settings", unit="settings"):
             with tempfile.TemporaryDirectory() as folder:
                 write_compressed(material, ternary, Path(folder))
-                trials.append(Trial(density, alpha, score(Path(folder))))
+                trials.append(MeasuredSetting(density, alpha, score(Path(folder))))
     # of equal qualities, the first
     best = max(range(len(found)), key=lambda i: task.quality(trials[i].scores))
     return found[best], trials, task.metric

@@ -31,6 +31,7 @@ from petl.core.adapter_file import PREFIX
 from petl.core.adapter_folder import Folder
 from petl.core.refusals import is_lora, is_plain, refuse_more_than_factors
 from petl.core.registry import refusal, require_capability
+from petl.core.spec.facts import facts_of
 from petl.core.support import Capability
 from petl.errors import InputError, UnsupportedError
 from petl.system.files.outputs import new_folder
@@ -158,6 +159,12 @@ def combined_updates(
     first = updates[0]
     names = list(dict.fromkeys(name for update in updates for name in update.pairs))
     check_shapes(updates, names)
+    replicated = [facts_of(update.config).layer_replication for update in updates]
+    if any(blocks != replicated[0] for blocks in replicated):
+        raise InputError(
+            f"the adapters have layer_replication={replicated}: the blocks of one are not those of "
+            "the other; combine adapters that replicate the same blocks"
+        )
     chosen = [1.0] * len(updates) if weights is None else list(weights)
     if method == "linear":
         # only for its checks of the arguments

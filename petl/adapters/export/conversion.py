@@ -88,7 +88,8 @@ def write_lora(saved: SavedAdapter, folder: Path) -> tuple[PeftModel, Reference]
     # a LoRA is copied, and any other adapter converted
     converted = None if is_lora(saved.config) else as_lora(model)
     unwrap_trained(model, keep=False)  # the LoRA brings the trained copies
-    base = model.unload()
+    # and what it replicates: blocks of the base as it was
+    base = saved.base() if facts_of(saved.config).layer_replication else model.unload()
     if converted is None:
         copy_file(saved.adapter / CONFIG, folder / CONFIG)
         saved.folder.copy_weights(folder)
@@ -269,6 +270,9 @@ def ranked_config(
         inference_mode=True,  # PEFT saves it so; loading with is_trainable overrides it
         # PEFT may list heads twice
         modules_to_save=list(dict.fromkeys(facts_of(template).modules_to_save or [])) or None,
+        # the trained copies of an embedding and of the head that is tied to it are one
+        ensure_weight_tying=facts_of(template).ensure_weight_tying,
+        layer_replication=facts_of(template).layer_replication,
         trainable_token_indices=facts_of(template).trainable_token_indices,
         r=rank,
         lora_alpha=as_integer(alpha),
@@ -299,5 +303,8 @@ def shortest_targets(model: PeftModel, names: list[str]) -> list[str]:
 
 def save_lora(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
     """Write an adapter folder in PEFT's format."""
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # tied ones are one tensor with several names, which safetensors refuses
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+    apart = {n: t if names[t.data_ptr()] == n else t.clone() for n, t in tensors.items()}
+    save_file(apart, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(str(folder))

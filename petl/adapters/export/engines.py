@@ -11,7 +11,7 @@ from petl.system.towers import is_beside_text
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
 
-class Engine(NamedTuple):
+class EngineVersion(NamedTuple):
     """An engine in the version whose code was read.
 
     Attributes:
@@ -52,10 +52,14 @@ COMMON = {
     "towers": UNKNOWN,
 }
 ENGINES = {
-    "vllm": Engine("vLLM", "0.12", {**COMMON, "scales": SCALES, "rank": RANK, "towers": TOWERS}),
-    "sglang": Engine("SGLang", "0.5", {**COMMON, "scales": SCALES, "rank": RANK, "rslora": WEAK}),
+    "vllm": EngineVersion(
+        "vLLM", "0.12", {**COMMON, "scales": SCALES, "rank": RANK, "towers": TOWERS}
+    ),
+    "sglang": EngineVersion(
+        "SGLang", "0.5", {**COMMON, "scales": SCALES, "rank": RANK, "rslora": WEAK}
+    ),
     # its converter reads lora_alpha, and the rank of each layer from the tensors
-    "llama.cpp": Engine(
+    "llama.cpp": EngineVersion(
         "llama.cpp",
         "",
         {
@@ -66,10 +70,10 @@ ENGINES = {
             "rslora": WEAK,
         },
     ),
-    "peft": Engine(
+    "peft": EngineVersion(
         "PEFT", "", {"petl": "it is of type {type}, which PEFT knows after import petl"}
     ),
-    "petl": Engine("petl", "", {}),
+    "petl": EngineVersion("petl", "", {}),
 }
 
 
@@ -104,7 +108,9 @@ def features(config: Mapping[str, object], adapted: Iterable[str] = ()) -> Itera
         yield "rank"
 
 
-def refusal(config: Mapping[str, object], engine: Engine, adapted: Iterable[str] = ()) -> str:
+def refusal(
+    config: Mapping[str, object], engine: EngineVersion, adapted: Iterable[str] = ()
+) -> str:
     """Return why an engine cannot serve an adapter, or would compute another update; "": it can.
 
     Args:

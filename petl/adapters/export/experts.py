@@ -14,7 +14,7 @@ from torch import Tensor
 
 from petl.core.adapter_file import PREFIX
 from petl.core.compat import LoraLayer
-from petl.core.experts.checkpoints import Part, parts_of, path_in_checkpoints
+from petl.core.experts.checkpoints import ExpertProjection, parts_of, path_in_checkpoints
 from petl.core.experts.layout import experts_of
 from petl.core.experts.lora import FusedExperts
 from petl.core.experts.stacks import Stack, stacks_of
@@ -72,7 +72,7 @@ def places_of(model: PeftModel) -> Places:
 def _factors(
     model: PeftModel,
     stacks: list[Stack],
-    parts: dict[tuple[str, str], list[Part]],
+    parts: dict[tuple[str, str], list[ExpertProjection]],
     adapter_name: str,
 ) -> Iterator[tuple[str, Factors]]:
     """Yield path in checkpoints and factors of each layer and expert."""

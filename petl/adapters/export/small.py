@@ -16,7 +16,6 @@ from petl.data.models.loading import save_processor
 from petl.data.models.sources import read_source
 from petl.errors import UnsupportedError, markdown
 from petl.methods.pela import PelaConfig, export, load
-from petl.methods.pela.export import write_ranks
 from petl.system.files.disk import write_atomic
 from petl.system.files.outputs import check_output, new_folder
 from petl.system.progress import Pass
@@ -49,7 +48,6 @@ def export_small(saved: SavedAdapter, out: Path, tolerance: float | None) -> Out
     with new_folder(out) as draft:
         with Pass("writing the small model", None):
             save_model(small, draft)
-            write_ranks(small, draft)
         save_processor(saved.settings["model"], saved.task, draft, saved.processor)
         write_atomic(draft / README, card(saved, small))
         del small, model  # frees memory before the same model is loaded again

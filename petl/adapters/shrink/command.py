@@ -20,7 +20,7 @@ from petl.adapters.export.checked_folder import save_model
 from petl.adapters.export.merge import merge, write_task_files
 from petl.adapters.export.saved_adapter import find, scores_of
 from petl.adapters.shrink.model import planned, shrink
-from petl.adapters.shrink.source import Source
+from petl.adapters.shrink.source import ShrinkSource
 from petl.core.model.modes import calibration_pass, forward
 from petl.core.types import Record
 from petl.data.models.loading import load_base, save_processor
@@ -54,7 +54,7 @@ class Work:
         task: of the rows.
     """
 
-    def __init__(self, source: Source, settings: Mapping[str, Any], out: Path) -> None:
+    def __init__(self, source: ShrinkSource, settings: Mapping[str, Any], out: Path) -> None:
         self.source, self.settings, self.out = source, dict(settings), out
         config = source.saved.run_config
         self.accelerator: Accelerator = start(config.train.seed, config.precision)

@@ -29,7 +29,7 @@ QUIET = {"linear_probe": False, "score_before": False, "together": 1, "resume": 
 
 
 @dataclass(frozen=True)
-class Source:
+class ShrinkSource:
     """The model to shrink, with rows and settings.
 
     Attributes:
@@ -41,7 +41,9 @@ class Source:
     is_run: bool
 
     @classmethod
-    def at(cls, path: str, data: Path | None, overrides: list[str], **trust: bool) -> "Source":
+    def at(
+        cls, path: str, data: Path | None, overrides: list[str], **trust: bool
+    ) -> "ShrinkSource":
         """Return the run, or the model, in a folder.
 
         Args:

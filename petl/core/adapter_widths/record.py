@@ -21,7 +21,7 @@ FILE = "nested.json"
 KNOWN = "petl_nested"  # attribute of a PeftModel
 
 
-class Content(TypedDict):
+class NestedContent(TypedDict):
     """The content of the file."""
 
     widths: list[int]
@@ -57,7 +57,7 @@ def read(file: Path | None) -> Nested | None:
     """
     if file is None:
         return None
-    content: Content = read_json(file, Content)
+    content: NestedContent = read_json(file, NestedContent)
     widths, scale = content["widths"], content["scale"]
     rising = widths and widths[0] > 0 and widths == sorted({*widths})
     if not rising or scale not in SCALES:

@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from petl.core.experts.layout import experts_of
 
 
-class Part(NamedTuple):
+class ExpertProjection(NamedTuple):
     """A projection of one expert: its path in checkpoints, and the outputs that are its own."""
 
     path: str
@@ -22,7 +22,9 @@ class Part(NamedTuple):
     outputs: Tensor
 
 
-def parts_of(model: PreTrainedModel, path: str, module: nn.Module, name: str) -> Iterator[Part]:
+def parts_of(
+    model: PreTrainedModel, path: str, module: nn.Module, name: str
+) -> Iterator[ExpertProjection]:
     """Yield the projections of each expert of a stack as checkpoints have them; else nothing.
 
     Which rows they are is told by transformers' own conversion, of a stack of row numbers.
@@ -46,7 +48,7 @@ def parts_of(model: PreTrainedModel, path: str, module: nn.Module, name: str) ->
         if rows.dim() != 2 or rows.shape[1] != 1:
             return
         first = int(rows[0]) // outputs
-        yield Part(key.removesuffix(".weight"), first, rows[:, 0] % outputs)
+        yield ExpertProjection(key.removesuffix(".weight"), first, rows[:, 0] % outputs)
 
 
 def path_in_checkpoints(model: PreTrainedModel, path: str) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from petl.core.adapter_file import PREFIX
 from petl.core.compat import check_target_module_exists, get_pattern_key
-from petl.core.experts.checkpoints import Part, parts_of, path_in_checkpoints
+from petl.core.experts.checkpoints import ExpertProjection, parts_of, path_in_checkpoints
 from petl.core.experts.layout import experts_of
 from petl.core.experts.stacks import saved_factors
 from petl.core.model.linear import is_linear
@@ -26,7 +26,7 @@ from petl.errors import InputError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
-Scaled = list[tuple[Part, Tensor, Tensor, float]]  # A, B and scale of projections
+Scaled = list[tuple[ExpertProjection, Tensor, Tensor, float]]  # A, B and scale of projections
 
 
 def to_stacks(
@@ -122,7 +122,7 @@ class _Targets:
         path: str,
         name: str,
         module: nn.Module,
-        parts: Iterable[Part],
+        parts: Iterable[ExpertProjection],
         factors: Iterable[tuple[Tensor, Tensor]],
     ) -> None:
         """Keep the factors of the projections of a stack's experts."""

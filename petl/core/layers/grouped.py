@@ -23,7 +23,7 @@ from petl.ops.grouped_low_rank import (
 from petl.ops.low_rank import cast_for_product, frozen_weight_and_bias
 
 
-class Stack:
+class StackedParameter:
     """One parameter of K adapters, [K, ...], as a leaf of the autograd graph.
 
     Each adapter's parameter is a view of its slice. A smaller one than the largest is filled up
@@ -119,7 +119,7 @@ class GroupedLowRank(GroupedLayer):
         self.generators = generators
 
     @property
-    def stacks(self) -> Sequence[Stack]:
+    def stacks(self) -> Sequence[StackedParameter]:
         """The stacked parameters of this layer, if any."""
         return ()
 
@@ -168,11 +168,11 @@ class GroupedLora(GroupedLowRank):
     ) -> None:
         super().__init__(base_layer, generators)
         A, B, self.scales = zip(*factors, strict=True)
-        self.A, self.B = Stack(A), Stack(B)
+        self.A, self.B = StackedParameter(A), StackedParameter(B)
         self.dropouts = tuple(dropouts)  # no modules of this one
 
     @property
-    def stacks(self) -> Sequence[Stack]:
+    def stacks(self) -> Sequence[StackedParameter]:
         return self.A, self.B
 
     def rates(self) -> Sequence[float]:

@@ -1,6 +1,7 @@
 """Models of transformers some of whose modules differ from those that their class builds."""
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -11,13 +12,17 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petl.core.compat import extend_method
 from petl.core.layers.class_swap import mixins_of, restore_class
 from petl.core.spec.config import require
+from petl.core.types import Record
 from petl.errors import InputError, first_line
+from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
 
 M = TypeVar("M", bound=nn.Module)
 # of a module: dicts of hooks, which a copy does not take over
+KNOWN = "petl_files"  # attribute of a model: by name of a file, its content
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
@@ -111,3 +116,31 @@ def model_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]
     )
     assert isinstance(found, type)
     return found
+
+
+# What a model saves of it beside its weights
+
+
+def remember(model: nn.Module, file: str, content: Record) -> None:
+    """Make a model write a JSON file beside its weights, also a copy or from a pickle.
+
+    Without content it removes the file, which is of another model that was saved there before.
+    """
+    vars(model).setdefault(KNOWN, {})[file] = content
+
+
+def _save(original: Callable[..., None], model: Any, *args: object, **kwargs: object) -> None:
+    """Save a model as `save_pretrained` does, and the files that it is known to have."""
+    original(model, *args, **kwargs)
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    if not given.get("is_main_process", True):
+        return
+    for name, content in vars(model).get(KNOWN, {}).items():
+        file = Path(given["save_directory"], name)
+        if content:
+            write_atomic(file, as_json(content, in_order=True))
+        else:
+            file.unlink(missing_ok=True)
+
+
+extend_method(PreTrainedModel, "save_pretrained", _save)

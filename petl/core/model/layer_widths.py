@@ -1,37 +1,22 @@
-"""A model some of whose linear layers have other widths than its config says: widths.json.
+"""A model some of whose linear layers have other widths than its config says: widths.json."""
 
-Such a model writes the file beside its weights, also a copy or from a pickle.
-"""
-
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from petl.core.compat import extend_method
 from petl.core.layers.layer import shape_of
+from petl.core.model.changed import remember
 from petl.core.model.linear import LINEAR_KINDS
 from petl.core.model.mlp import matrix_of, note_shape
 from petl.core.spec.config import require
 from petl.errors import InputError
-from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.paths import WIDTHS as FILE
 from petl.system.files.read import read_json
 
 Widths = Mapping[str, list[int]]  # by path of a linear layer, its inputs and outputs
-KNOWN = "petl_widths"  # attribute of a model
-
-
-@dataclass(frozen=True)
-class KnownWidths:
-    """What a model saves as widths.json; nothing without layers."""
-
-    layers: Widths
 
 
 def read_widths(folder: Path) -> Widths:
@@ -82,24 +67,4 @@ def put_widths(model: nn.Module, layers: Widths, folder: Path) -> None:
 
 def remember_widths(model: nn.Module, layers: Widths) -> None:
     """Make a model save these widths with its weights."""
-    vars(model)[KNOWN] = KnownWidths(layers)
-
-
-def _save(original: Callable[..., None], model: Any, *args: object, **kwargs: object) -> None:
-    """Save a model as `save_pretrained` does, and the widths that it is known to have."""
-    original(model, *args, **kwargs)
-    known: KnownWidths | None = vars(model).get(KNOWN)
-    if known is None:
-        return
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
-    if not given.get("is_main_process", True):
-        return
-    file = Path(given["save_directory"], FILE)
-    if known.layers:
-        write_atomic(file, as_json(asdict(known), in_order=True))
-    # of another model, which was saved there before
-    else:
-        file.unlink(missing_ok=True)
-
-
-extend_method(PreTrainedModel, "save_pretrained", _save)
+    remember(model, FILE, {"layers": layers} if layers else {})

@@ -37,9 +37,10 @@ class Facts:
     target_parameters: Sequence[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     modules_to_save: Sequence[str] | None = None
+    ensure_weight_tying: bool = False
     layers_to_transform: Any = None
     layers_pattern: list[str] | str | None = None
-    layer_replication: Sequence[Sequence[int]] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
     prompt_tuning_init_state_dict_path: str | None = None
     megatron_core: str | None = "megatron.core"
     adapters: Mapping[str, str] | None = None

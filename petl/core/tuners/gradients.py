@@ -1,4 +1,6 @@
-"""Names trained tensors that get no gradient, and methods never updated, in any training loop.
+"""Names trained tensors without gradient or in half precision, and methods never updated.
+
+It does so in any training loop.
 
 A tensor without a gradient is named after the first step. One whose gradient is zero is named after
 the second, since the zeros of B make that of A zero in the first; steps with a learning rate of 0
@@ -20,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
+from petl.core.layers.layer import HALF
 from petl.core.model.calls import place_of
 from petl.core.model.names import LANGUAGE, language_path, part_in
 
@@ -30,6 +33,12 @@ SHOWN = 6  # kinds of tensors that a line names
 REVERSIBLE = ("reformer",)
 ROWS = "trainable_tokens"  # in PEFT's name of the trained rows of an embedding
 REMEDY = "leave their modules out with exclude_modules"
+# PEFT copies norms and heads in the dtype of their base
+ROUNDED = (
+    "%d of %d trained tensors are of half precision, which rounds away a step that is small "
+    "against the value, as of norms: %s; before the optimizer is made, set parameter.data = "
+    "parameter.data.float(), and compute under torch.autocast, as petl train does"
+)
 UNREAD = "no batch had these tokens: see whether the training rows have them"
 
 
@@ -121,7 +130,13 @@ def watch_steps(model: nn.Module, after_step: AfterStep | None) -> None:
 
 
 def _log_gradients(check: GradientCheck, model: nn.Module, optimizer: Optimizer) -> bool:
+    before = check.steps
     absent = check.after_step(model, optimizer)
+    if before == 0 < check.steps:
+        trained = stepped(model, optimizer)
+        half = [name for name, parameter in trained.items() if parameter.dtype in HALF]
+        if half:
+            logger.warning(ROUNDED, len(half), len(trained), kinds_of(half))
     if absent is not None:
         are_rows = all(ROWS in name for name in absent.names)
         logger.warning("%s; %s", absent, UNREAD if are_rows else REMEDY)

@@ -515,4 +515,11 @@ def _not_combined(config: PeftConfig) -> str:
         return "PEFT scales the sum of rsLoRA adapters by the root of its rank once more"
     if facts_of(config).use_dora:
         return "PEFT ignores the magnitudes of DoRA, and a sum of DoRA's updates is no DoRA"
+    for field in ("lora_bias", "trainable_token_indices", "modules_to_save"):
+        value = getattr(facts_of(config), field)
+        if value:
+            return (
+                f"it has {field}={value}, and PEFT's sum has the factors alone: what else was "
+                "trained would be lost; combine the saved adapters by petl combine"
+            )
     return ""

@@ -28,8 +28,8 @@ from transformers.utils import logging as transformers_logging
 from petl.core.parameters import max_positions, within_memory
 from petl.core.types import Fields
 from petl.data.models.sources import (
-    Folder,
     HubModel,
+    ModelFolder,
     ModelSource,
     RandomInit,
     Settings,
@@ -351,7 +351,7 @@ def folder_with_widths(source: ModelSource) -> Path | None:
 
     Few models have it: what reads it is imported then alone.
     """
-    folder = source.where() if isinstance(source, Folder) else None
+    folder = source.where() if isinstance(source, ModelFolder) else None
     return folder if folder is not None and (folder / WIDTHS).is_file() else None
 
 

@@ -210,7 +210,7 @@ class SmolLM2(ModelSource):
 
 
 @dataclass(kw_only=True)
-class Folder(ModelSource):
+class ModelFolder(ModelSource):
     """A local folder that `save_pretrained` wrote, with tokenizer or processor."""
 
     path: str
@@ -474,7 +474,7 @@ def processor_sizes(processor: Any, config: "PretrainedConfig") -> dict[str, obj
 SOURCES: dict[str, type[ModelSource]] = {
     "minilm": MiniLM,
     "smollm2": SmolLM2,
-    "path": Folder,
+    "path": ModelFolder,
     "config": RandomInit,
     "hub": HubModel,
 }

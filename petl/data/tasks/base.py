@@ -121,7 +121,7 @@ class BaseFiles(Protocol):
 
 
 @dataclass(kw_only=True)
-class Vocabulary:
+class AddedVocabulary:
     """What a task adds to the vocabulary of a model.
 
     Attributes:
@@ -131,7 +131,7 @@ class Vocabulary:
     new_tokens: list[str] | None = field(None, NEW_TOKENS)
 
 
-class Task(Vocabulary, ABC, Generic[P]):
+class Task(AddedVocabulary, ABC, Generic[P]):
     """A task. Its attributes depend on the data set: classes, lengths.
 
     The methods on rows and batches here are for texts; tasks on images and sounds override them.
@@ -147,6 +147,7 @@ class Task(Vocabulary, ABC, Generic[P]):
     encoded_by: ClassVar[tuple[str, ...]] = ("max_length",)  # attributes that `encode_rows` reads
     reads_text: ClassVar[bool] = True
     tensors_by_row: ClassVar[bool] = True  # each tensor of a batch has one entry for each row
+    loss_unit: ClassVar[str] = ""  # in brackets after a blank
     unit: ClassVar[str] = "tokens"  # what `lengths` counts
     encoded_at_once: ClassVar[int] = 1000  # rows of a call of `encode_rows`
     keeps_before: ClassVar[bool] = False  # a run keeps the predictions before training, too

@@ -83,6 +83,7 @@ class CausalLM(DecoderTask[PreTrainedTokenizerBase], TextWritingTask):
     """Texts (`text`), or conversations (`messages`: lists of role and content)."""
 
     name: ClassVar[str] = "causal_lm"
+    loss_unit: ClassVar[str] = " (nats per token)"
     auto_class: ClassVar[type[AutoModelClass]] = AutoModelForCausalLM
     encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "chat", "pack")
     shown: ClassVar[tuple[str, ...]] = ("text", "messages")

@@ -165,6 +165,7 @@ class Classification(TextTask, SingleLabelTask[PreTrainedTokenizerBase]):
     """Texts with the number of their class (`label`)."""
 
     name: ClassVar[str] = "classification"
+    loss_unit: ClassVar[str] = " (nats per example)"
 
     max_length: int = field(128, integer(1))
 

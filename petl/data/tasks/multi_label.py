@@ -42,7 +42,9 @@ class MultiLabel(TextTask, ClassTask[PreTrainedTokenizerBase]):
     """Texts with the numbers of all of their classes (`label`, a list)."""
 
     name: ClassVar[str] = "multi_label"
+    loss_unit: ClassVar[str] = " (nats per class)"
     metric: ClassVar[str] = "micro_f1"
+    encoded_by: ClassVar[tuple[str, ...]] = ("max_length", "classes")
 
     max_length: int = field(128, integer(1))
     # from which probability on a class is predicted; None: validation rows choose it

@@ -28,7 +28,7 @@ from petl.data.tasks.encoding_cache import sizes_of
 from petl.system.values import field, integer
 
 
-class PairTask(WritingTask[P], ABC):
+class TextPairTask(WritingTask[P], ABC):
     """An encoder reads a text, and a decoder writes another one."""
 
     peft_task_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
@@ -65,7 +65,7 @@ class PairTask(WritingTask[P], ABC):
 
 
 @dataclass
-class Seq2Seq(PairTask[PreTrainedTokenizerBase], TextWritingTask):
+class Seq2Seq(TextPairTask[PreTrainedTokenizerBase], TextWritingTask):
     """Texts (`text`) with target texts (`target`)."""
 
     name: ClassVar[str] = "seq2seq"

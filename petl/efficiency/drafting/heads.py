@@ -80,7 +80,7 @@ class Cell(nn.Module):
         return self.norm * state * size.to(state)
 
 
-class Heads(Drafter):
+class DraftHeads(Drafter):
     """Heads of one kind on a model, with the rows of its own head for a draft vocabulary.
 
     Attributes:

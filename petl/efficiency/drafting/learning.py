@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from petl.efficiency.drafting.answers import DraftAnswers
-from petl.efficiency.drafting.heads import UNKNOWN, Heads
+from petl.efficiency.drafting.heads import UNKNOWN, DraftHeads
 from petl.efficiency.drafting.tree import Path
 from petl.errors import InputError
 
@@ -89,7 +89,7 @@ class Guess(NamedTuple):
     before: Tensor
 
 
-class LearningHeads(Heads):
+class LearningHeads(DraftHeads):
     """Heads with what they learn.
 
     Attributes:

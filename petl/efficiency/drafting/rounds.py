@@ -92,7 +92,7 @@ class Rounds:
         """Prepare rounds; arguments as of `petl.drafting.decode`."""
         self.model, self.drafter, self.clock = model, drafter, clock
         self.vocabulary = vocabulary_of(model)
-        self.packing = Packing(model, pack, clock)
+        self.packing = WeightPacking(model, pack, clock)
         has_switch = switch and drafter is not None
         self.switch = switch_of(drafter) if has_switch else Switch(enabled=False)
         known = None if drafter is None else drafter.costs  # of an earlier call
@@ -205,7 +205,7 @@ def accepted(children: Sequence[Mapping[int, int]], take: Take) -> tuple[list[in
 SHARE = 1 / 3
 
 
-class Packing:
+class WeightPacking:
     """The packed weights of a model while it decodes."""
 
     def __init__(

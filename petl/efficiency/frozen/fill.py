@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from petl.core.layers.class_swap import original_class
 from petl.core.model.modes import evaluation_mode
+from petl.core.parameters import buffer_of
 from petl.efficiency.frozen.feed import FrozenFeed, autocast_of
 from petl.efficiency.frozen.keys import KeyedRows
 from petl.efficiency.frozen.prefix import (
@@ -193,8 +194,7 @@ class Prober:
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             for key, tensor in own:
                 weights.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                flat = tensor.detach().cpu().contiguous().flatten()
-                weights.update(flat.view(torch.uint8).numpy())
+                weights.update(buffer_of(tensor))
         precision = autocast_of(self.prefix.body)
         return name_of(weights.hexdigest(), *ingredients(self.prefix, precision, self.device))
 

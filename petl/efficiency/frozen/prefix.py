@@ -21,7 +21,6 @@ from petl.efficiency.frozen.keys import IDS, MEDIA
 from petl.errors import UnsupportedError
 from petl.ops.low_rank import hooks_of
 
-PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
 # settings of a config that the output of blocks in evaluation mode does not depend on
 # one that is missing here costs a store that is computed again, never a wrong one
 OTHER = {

@@ -38,6 +38,7 @@ FORMAT = 4  # increment when files or the meaning of keys change
 STATES, INDEX, ABOUT = "states.bin", "index.npy", "store.json"
 ENTRY = np.dtype([("key", f"S{KEY_BYTES}"), ("start", "i8"), ("stop", "i8")])
 CONTENT = "content"  # the folder that is complete or absent, next to the lock
+PAYS = 1.5  # passes over the train rows; a store costs the frozen blocks of one
 MARGIN = 64 * 2**20  # bytes that stay free on the disk
 WAIT = 0.2  # seconds between looks at a store that another process fills
 logger = logging.getLogger(__name__)
@@ -261,6 +262,24 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e6:,.0f} MB free: free some, set PETL_CACHE to a folder on "
             "another disk, or leave the blocks uncached (train.cache_frozen=false)"
         )
+
+
+def why_not(missing: int, folder: Path, passes: float) -> str:
+    """Return why stores that could be made are not; "" if they are.
+
+    Args:
+        missing: bytes that are in no store yet.
+        folder: of the stores.
+        passes: over the rows; infinite if stores are wanted whatever they cost.
+    """
+    if missing and passes < PAYS:
+        return f"the run reads its examples {passes:.2g} times, and computing them costs as much"
+    try:
+        if missing:
+            check_space(folder, missing)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def free_bytes(folder: Path) -> int:

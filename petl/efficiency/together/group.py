@@ -25,7 +25,7 @@ from petl.core.layers.grouped import (
     GroupedModules,
     InputHook,
     RowDropout,
-    Stack,
+    StackedParameter,
 )
 from petl.core.layers.layer import AdapterLayer
 from petl.core.model.copies import share_weights
@@ -153,7 +153,7 @@ class AdapterGroup:
     def __init__(self, *, checked: bool = False) -> None:
         self.members: list[Member] = []
         self._lead: nn.Module | None = None  # built at the next pass
-        self._stacks: list[Stack] = []
+        self._stacks: list[StackedParameter] = []
         self._checked = checked
 
     def join(self, member: Member) -> None:
@@ -295,7 +295,7 @@ def base_weights(member: Member) -> dict[str, nn.Parameter]:
     }
 
 
-def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
+def build(members: Sequence[Member]) -> tuple[nn.Module, list[StackedParameter]]:
     """Return the model for the rows of all members, and the stacked tensors in it."""
     lead = share_weights(members[0].base)
     # the copy has the mode of its modules, but a member may have changed since
@@ -309,7 +309,7 @@ def build(members: Sequence[Member]) -> tuple[nn.Module, list[Stack]]:
         feeds: list[Any] = [feed_of(member.base) for member in members]
         stores = {store.folder: store for each in feeds for store in each.stores}
         feed.stores = list(stores.values())
-    stacks: list[Stack] = []
+    stacks: list[StackedParameter] = []
     generators = [member.generator for member in members]
     for path in members[0].adapted:
         layers = [member.adapted[path] for member in members]

@@ -89,7 +89,7 @@ class Network(nn.Module):
         self._idle = []
 
 
-class Predictor(nn.Module):
+class LayerPredictor(nn.Module):
     """The two networks of a layer."""
 
     def __init__(self, queries: Network, keys: Network) -> None:
@@ -124,21 +124,23 @@ class Predictors(nn.Module):
         layers: the predictor of each layer, by its number as text.
     """
 
-    def __init__(self, block: int, heads: int, layers: Mapping[str, Predictor]) -> None:
+    def __init__(self, block: int, heads: int, layers: Mapping[str, LayerPredictor]) -> None:
         super().__init__()
         self.block, self.heads = block, heads
         self.layers = nn.ModuleDict(layers)
 
-    def each(self) -> dict[str, Predictor]:
+    def each(self) -> dict[str, LayerPredictor]:
         """The predictor of each layer."""
-        return {name: cast(Predictor, predictor) for name, predictor in self.layers.items()}
+        return {name: cast(LayerPredictor, predictor) for name, predictor in self.layers.items()}
 
     @classmethod
     def new(cls, layers: Iterable[int], block: int, heads: int, hidden: int) -> "Predictors":
         """Return predictors with random weights, the same each time."""
         generator = torch.Generator().manual_seed(0)
         made = {
-            str(layer): Predictor(*(Network.new(block, hidden // heads, generator) for _ in SIDES))
+            str(layer): LayerPredictor(
+                *(Network.new(block, hidden // heads, generator) for _ in SIDES)
+            )
             for layer in layers
         }
         return cls(block, heads, made)
@@ -189,7 +191,7 @@ class Predictors(nn.Module):
                     raise InputError(f"{file} has no {missing[0]}; it has layers {known}")
                 weights = {name: tensors[name] for name in names}
                 sides.append(network_of(file, weights, block * (hidden // heads), hidden // heads))
-            made[layer] = Predictor(*sides)
+            made[layer] = LayerPredictor(*sides)
         return cls(block, heads, made)
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
+from typing import NotRequired
 
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
@@ -31,7 +32,7 @@ from petl.experiments.advice.candidates import SIMPLEST, needs, shortlist, withi
 from petl.experiments.advice.evidence import (
     LEVEL,
     Evidence,
-    Rows,
+    RowErrors,
     Setting,
     Trial,
     possible,
@@ -44,7 +45,14 @@ from petl.experiments.advice.rounds import (
     planned,
     setting_of,
 )
-from petl.experiments.advice.schedule import FEWEST_STEPS, Budget, Seconds, first_steps
+from petl.experiments.advice.rows import doubtful, largest_class, probe
+from petl.experiments.advice.schedule import (
+    FEWEST_STEPS,
+    Budget,
+    Seconds,
+    first_steps,
+    probe_fits,
+)
 from petl.experiments.reports.advised import PAGE, named
 from petl.experiments.reports.entries import quality_of, validation_of
 from petl.experiments.reports.formatting import count_text, duration
@@ -82,7 +90,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Request:
+class AdviceRequest:
     """What was asked for.
 
     Attributes:
@@ -111,11 +119,13 @@ class Planned(PlannedRounds):
         request: all that was asked for, and the settings of the runs.
         seconds: as measured by the first trial, and by the last rung; None: not yet.
         spent: processor seconds so far.
+        probe: the score of a linear probe; None: it is impossible. Absent: not yet, or no room.
     """
 
     request: Record
     seconds: dict[str, float] | None
     spent: float
+    probe: NotRequired[float | None]
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ class Advisor:
         clock: processor seconds of this process since its start.
     """
 
-    request: Request
+    request: AdviceRequest
     trial: Callable[[DictConfig, Bases], Stepwise[float]]
     start: Callable[[DictConfig, Bases], Stepwise[float]]
     clock: Callable[[], float] = time.process_time
@@ -172,8 +182,10 @@ class Advisor:
         share = min(SHARE, ENOUGH / len(data.train)) if is_enough else 0.0
         self.common = self._common(share) if is_enough else []
         run = read_config(compose([f"+method={SIMPLEST}", *self.request.overrides, *self.common]))
+        self.doubtful = doubtful(data.task, data.train)
         processor = load_processor(run.model, data.task)
-        orders = orders_of(features_of(run.resolved))
+        features = features_of(run.resolved)
+        orders = orders_of(features)
         splits = encode_splits(data, processor, run.train, self.device, orders)
         # first, so that no other refusal leaves the advice of another command without a word
         self.planned = self._read(identity(run.resolved), rows_of(splits))
@@ -186,6 +198,8 @@ class Advisor:
             self.note()
             return self._written(self._prior(len(data.train)))
         self.sizes = sizes_of(splits, run.train.batch_size, share, splits.sampler(run.train).steps)
+        self.largest = largest_class(splits)
+        self.probe = partial(probe, run, splits, features, self.device)
         try:
             self._try_all()
         finally:
@@ -274,6 +288,12 @@ class Advisor:
         steps = self.sizes.steps * self.longer + scored
         return self.seconds.begin + self.seconds.of(1, round(steps))
 
+    @property
+    def probe_cost(self) -> float:
+        """What a linear probe costs, in plain runs: a pass over rows takes a third of a step."""
+        passes = (self.sizes.train + self.sizes.validation) / self.sizes.batch / 3
+        return (self.seconds.run + passes * self.seconds.step) / self.unit
+
     # The runs
 
     def _common(self, share: float) -> list[str]:
@@ -346,6 +366,12 @@ class Advisor:
         first = planned(self.list.allowed[0], 0, first_steps(self.sizes.steps))
         if self.planned["seconds"] is None:
             self._measure(first)
+        is_due = not self.planned["rungs"] and "probe" not in self.planned
+        if is_due and probe_fits(self.request.cost, self.probe_cost):
+            self._say("a linear probe, scored on the rows for validation", None)
+            self.has_trained = True
+            self.planned["probe"] = self.probe()
+            self.note()
         make_rounds(self, self.planned, first, self.list, self.budget)
 
     def _measure(self, first: PlannedRun) -> None:
@@ -448,7 +474,7 @@ class Advisor:
         # without test rows, what is predicted are as many new ones as there are for validation
         counts = (sizes.validation, sizes.test or sizes.validation)
         errors = [row_error(metric, shown, count) for count in counts]
-        return Evidence(trials, Rows(*errors, sizes.validation), self.full, SIMPLEST, excluded)
+        return Evidence(trials, RowErrors(*errors, sizes.validation), self.full, SIMPLEST, excluded)
 
     def _found(self) -> Record:
         evidence, results = self.evidence, self.results
@@ -494,7 +520,8 @@ class Advisor:
                 | {"excluded": setting_of(run) in evidence.excluded}
                 for folder, (run, scores) in results.items()
             ],
-            "rows": asdict(self.sizes),
+            "floor": {"largest_class": self.largest, "linear_probe": self.planned.get("probe")},
+            "rows": {**asdict(self.sizes), **self.doubtful},
             "cost": self.request.cost,
             "seconds": {
                 "spent": self.planned["spent"],
@@ -541,7 +568,7 @@ class Advisor:
                 for name in ("lost", "seconds")
                 if (value := getattr(self.request, name)) is not None
             ],
-            "rows": {"train": rows},
+            "rows": {"train": rows, **self.doubtful},
             "fewest_rows": FEWEST_ROWS,
             "cost": self.request.cost,
             "seconds": {"spent": self.clock()},

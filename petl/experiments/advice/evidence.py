@@ -64,7 +64,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowErrors:
     """Standard errors of a score for the choice of rows.
 
     Attributes:
@@ -140,7 +140,7 @@ class Evidence:
     """
 
     trials: Sequence[Trial]
-    rows: Rows
+    rows: RowErrors
     full: int
     simplest: str = "lora"
     excluded: Collection[Setting] = field(default_factory=frozenset)

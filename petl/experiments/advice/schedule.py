@@ -16,6 +16,8 @@ KEPT = 0.92  # of the cost is planned for, the rest is for what is not measured;
 RUNGS_FROM = 3.0  # cost from which there are three rungs of trials in place of two
 FIRST_PART = 0.4  # of the seconds for trials, if there are two rungs; assumption
 MOST = 12  # trials of a rung; assumption
+PROBE = 0.05  # largest share of a linear probe, of a plain run
+PROBE_FROM = 3.0  # cost from which it is one of all that is spent
 CONTENDERS = 3  # settings of the last rung of trials, each with two seeds
 
 
@@ -74,6 +76,11 @@ def last_round(cost: float) -> Rung:
     if cost < 3:
         return Rung(1, 1, 0)
     return Rung(2, 1 if cost < 4 else 2, 0)
+
+
+def probe_fits(cost: float, needed: float) -> bool:
+    """Return True if a cost has room for a linear probe that needs so much, both in plain runs."""
+    return needed <= PROBE * (cost if cost >= PROBE_FROM else 1)
 
 
 def first_steps(full: int) -> int:

@@ -84,7 +84,7 @@ def limited_memory(device: torch.device) -> Generator[None]:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-class Trials:
+class StepTrials:
     """Trial steps of a model in training mode; use inside `restored` and `limited_memory`.
 
     Holds a second copy of the gradients, which several processes or gradient accumulation need.

@@ -28,7 +28,7 @@ from petl.data.tasks.base import Row
 from petl.errors import InputError, shown
 from petl.experiments.planning.batch_search import (
     MEMORY_FRACTION,
-    Trials,
+    StepTrials,
     largest,
     limited_memory,
     restored,
@@ -282,5 +282,5 @@ def by_trials(config: RunConfig, splits: Splits, accelerator: Accelerator) -> Ge
         optimizer = make_optimizer(model, settings, hooks)
         engine = make_engine(model, optimizer, settings.max_grad_norm, accelerator)
         with restored(model, optimizer, device):
-            yield Trials(engine).fits
+            yield StepTrials(engine).fits
         engine.release()

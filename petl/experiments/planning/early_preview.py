@@ -60,7 +60,7 @@ def preview_early(
 
 
 @dataclass(frozen=True)
-class Rows:
+class SplitRows:
     """The rows of both splits.
 
     Attributes:
@@ -75,7 +75,7 @@ class Rows:
     is_regression: bool = False
 
 
-class Inputs:
+class InputColumns:
     """The columns of any task that are the input of a row."""
 
     shown: ClassVar[tuple[str, ...]] = (
@@ -85,11 +85,11 @@ class Inputs:
     )
 
 
-def rows_of(source: Source) -> Rows | None:
+def rows_of(source: Source) -> SplitRows | None:
     """Return the rows of a source; None if its own code has to read them."""
     if isinstance(source, WordNet):
         train, test = source.rows()
-        return Rows(WORDNET_CLASSES, {"train": train, "test": test})
+        return SplitRows(WORDNET_CLASSES, {"train": train, "test": test})
     if not isinstance(source, Files) or source.streaming or source.tasks:
         return None
     columns = source.task_columns
@@ -97,13 +97,13 @@ def rows_of(source: Source) -> Rows | None:
     if columns.reads_images or getattr(getattr(columns, "objective", None), "plain", False):
         return None
     _, train, test, _ = source.checked(*source.loaded(file_names("data.train", source.train)))
-    task: Shows = Inputs()
+    task: Shows = InputColumns()
     are_held_out = test is None
     train, test = source.divided(train, test, task)
     rows = [*train.values], [*test.values]
     to_train, to_score = columns.split(*rows, are_held_out=are_held_out)
     classes = getattr(columns, "each", None) or [*getattr(columns, "number", ())]
-    return Rows(
+    return SplitRows(
         classes,
         {"train": to_train, "test": to_score},
         columns.described(),
@@ -118,7 +118,7 @@ def inputs_of(rows: Sequence[Row]) -> Iterator[str]:
             if row["role"] == "query":
                 yield row["text"]
         else:
-            names = input_columns(Inputs(), row)
+            names = input_columns(InputColumns(), row)
             yield input_text({name: row[name] for name in names})
 
 
@@ -148,7 +148,7 @@ def labels_in(row: Row, classes: Sequence[str]) -> list[str]:
 # Readers
 
 
-class Reader(Protocol):
+class RowReader(Protocol):
     """How rows are read.
 
     Attributes:
@@ -173,7 +173,7 @@ class Reader(Protocol):
         ...
 
 
-def reader_of(source: Source, model: ModelSource, *, names_model: bool) -> Reader | None:
+def reader_of(source: Source, model: ModelSource, *, names_model: bool) -> RowReader | None:
     """Return what reads the rows of a source without torch; None if the model has to."""
     has_classes = isinstance(source, WordNet) or (
         isinstance(source, Files)
@@ -240,7 +240,7 @@ def lines(name: str, value: object) -> Iterator[str]:
 # The preview
 
 
-def statistics(name: str, rows: Sequence[Row], found: Rows, reader: Reader) -> SplitPart:
+def statistics(name: str, rows: Sequence[Row], found: SplitRows, reader: RowReader) -> SplitPart:
     """Return the statistics of a split."""
     lengths = reader.lengths(rows)
     longest = reader.longest or max(lengths, default=0)
@@ -259,7 +259,7 @@ def statistics(name: str, rows: Sequence[Row], found: Rows, reader: Reader) -> S
     )
 
 
-def example(row: Row, classes: Sequence[str], reader: Reader) -> Example:
+def example(row: Row, classes: Sequence[str], reader: RowReader) -> Example:
     """Return a row in readable form."""
     if classes:
         label = (" " if "tags" in row else ", ").join(labels_in(row, classes)) or "none"

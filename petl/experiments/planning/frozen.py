@@ -1,9 +1,9 @@
 """What `train.cache_frozen` does in a planned run: the size of its store, and what it saves."""
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from petl.efficiency.frozen.cache import FOLDER, missing_rows
 from petl.efficiency.frozen.prefix import (
-    PAYS,
     FrozenPrefix,
     PassEnd,
     PrefixPass,
@@ -22,7 +21,7 @@ from petl.efficiency.frozen.prefix import (
     watched_pass,
 )
 from petl.efficiency.frozen.rewrite import prefix_of
-from petl.efficiency.frozen.store import MARGIN, OutputSpec, free_bytes, size_of
+from petl.efficiency.frozen.store import OutputSpec, size_of, why_not
 from petl.errors import UnsupportedError
 from petl.experiments.planning.dry_run import Operations, PassMemory
 from petl.experiments.planning.memory import heaviest_batch, megabytes
@@ -168,22 +167,12 @@ def _reason(
     splits: Splits, settings: TrainConfig, prefix: FrozenPrefix, watched: PrefixPass, missing: int
 ) -> tuple[str, bool]:
     """Return why the output is not kept, and whether train.cache_frozen=true would keep it."""
-    reason = reason_of_pass(prefix, watched)
-    if reason:
+    folder = cache_folder() / FOLDER
+    reason = reason_of_pass(prefix, watched) or why_not(missing, folder, math.inf)
+    if reason or settings.cache_frozen is True:
         return reason, False
-    if missing and missing + MARGIN > free_bytes(folder()):
-        return f"the disk of {folder()} has {megabytes(free_bytes(folder()))} free", False
-    if settings.cache_frozen is True:
-        return "", False
     left_out = dropouts(watched.called.items())
+    reason = why_not(missing, folder, splits.passes(settings))
     if left_out:
-        return f"they have dropout, such as {left_out[0]}", True
-    passes = splits.passes(settings)
-    if missing and passes < PAYS:
-        return f"the run reads its examples {passes:.2g} times", True
-    return "", False
-
-
-def folder() -> Path:
-    """Return the folder of stores."""
-    return cache_folder() / FOLDER
+        reason = f"they have dropout, such as {left_out[0]}"
+    return reason, bool(reason)

@@ -190,7 +190,9 @@ def plan_run(cfg: DictConfig) -> RunPlan:
         file_bytes=safetensors_bytes(saved),
         length=length,
         time=seconds,
-        precision=described(run.precision, run.model) if settings.precision != "no" else "",
+        precision=""
+        if settings.precision == "no"
+        else described(run.precision, run.model, run.float32),
         frozen=frozen,
         coverage=coverage,
         cheaper=savings(counted, [*upper_blocks(counted, fields), *of_passes]),

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from petl.data.batch_sampler import padding_fraction
-from petl.efficiency.frozen.prefix import PAYS
+from petl.efficiency.frozen.store import PAYS
 from petl.efficiency.rewrite import REWRITES, rewrite, rewrites_of
 from petl.efficiency.together.batches import TOKENS
 from petl.efficiency.together.group import Member

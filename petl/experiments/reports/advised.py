@@ -58,12 +58,13 @@ def facts_of(advice: Record) -> dict[str, str]:
         }
         if advice["unchecked"]:
             found["not checked"] = ", ".join(advice["unchecked"])
-        return found
+        return found | doubts_of(advice)
     metric, predicted, spent = advice["metric"], advice["predicted"], advice["seconds"]
     between = interval_text(metric, (predicted["low"], predicted["high"]))
     found = {
         f"predicted test {shown(metric)}": f"{score(metric, predicted['score'])}, "
         f"{100 * predicted['level']:.0f} % interval {between}",
+        **floor_of(advice),
         "other methods": verdict(advice),
     }
     following = advice["next_best"]
@@ -79,6 +80,7 @@ def facts_of(advice: Record) -> dict[str, str]:
             f"{advice['adapter']} (`petl eval {advice['run']}` scores it on the test rows, which "
             "were not touched)"
         )
+    found |= doubts_of(advice)
     found["spent"] = (
         f"{duration(spent['spent'])} of processor time, {runs_of(advice):.2f} of the plain run's "
         f"{duration(spent['plain_run'])} (--cost {advice['cost']:g})"
@@ -90,6 +92,34 @@ def facts_of(advice: Record) -> dict[str, str]:
             "the rows"
         )
     return found
+
+
+def floor_of(advice: Record) -> dict[str, str]:
+    """Return what is reached without an adapter, on the rows for validation; empty: unknown."""
+    names = {"largest_class": "the largest class", "linear_probe": "a linear probe"}
+    known = {names[k]: value for k, value in advice["floor"].items() if value is not None}
+    if not known:
+        return {}
+    metric, predicted = advice["metric"], advice["predicted"]
+    text = ", ".join(f"{name} {score(metric, value)}" for name, value in known.items())
+    best = max if advice["higher_is_better"] else min
+    highest = best(known.values())
+    if predicted["low"] <= highest <= predicted["high"]:
+        text += ": within the interval, an adapter may add nothing"
+    elif best(highest, predicted["score"]) == highest:
+        text += ": better than what is predicted"
+    return {"without an adapter": text}
+
+
+def doubts_of(advice: Record) -> dict[str, str]:
+    """Return how many training rows have the input of another one; empty if none are known."""
+    rows = advice["rows"]
+    if not rows.get("repeated"):
+        return {}
+    text = f"{rows['repeated']:,} of {rows['read']:,} training rows repeat another one"
+    if rows.get("contradicted"):
+        text += f"; {rows['contradicted']:,} have the input of another row and another class"
+    return {"doubtful rows": text}
 
 
 def runs_of(advice: Record) -> float:

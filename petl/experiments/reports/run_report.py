@@ -13,6 +13,7 @@ import yaml
 from petl.core.model.heat_map import HEAT_MAPS, HeatMap
 from petl.core.types import Record
 from petl.data.models.sources import RandomInit
+from petl.data.tasks import TASKS, task_class
 from petl.data.tasks.scores import is_beside, is_percentage, shown
 from petl.errors import InputError
 from petl.experiments.reports.formatting import (
@@ -37,7 +38,7 @@ from petl.experiments.reports.page import (
 from petl.experiments.reports.predictions_section import section_of
 from petl.system.files.disk import check_links, write_atomic
 from petl.system.files.read import read_json, read_text
-from petl.training.features import sections_of
+from petl.training.features import charts_of, sections_of
 from petl.training.features.section import Curve, Section
 from petl.training.runs.card_code import placed
 from petl.training.runs.config import names_of
@@ -65,40 +66,14 @@ LABELS = {  # of the evaluations in scores.json
     "linear_probe": "linear probe (head only, frozen backbone)",
     "after": "adapted",
 }
-LOSS_UNITS = {
-    "classification": " (nats per example)",
-    "multi_label": " (nats per class)",
-    "causal_lm": " (nats per token)",
-}
 OWN_CHARTS = {"loss", "validation"}  # of the log: drawn first, together
-CHARTS = {  # of further keys of the log: title, and label of the vertical axis
-    "aux_loss": ("Auxiliary loss", "auxiliary loss (weighted)"),
-    "expert_load_max": ("Busiest expert", "load relative to the mean (1: balanced)"),
-    "total_rank": ("Total rank", "sum of the active ranks of all modules"),
-    "active_parameters": ("Active parameters", "parameters of the active ranks"),
-    "distill_features": ("Distance of the blocks' outputs", "mean square, to the teacher's"),
-    "distill_logits": ("Distance of the logits", "difference from the teacher's"),
-    "nested_loss": ("Loss of a smaller width", "loss of the width of the step"),
-    "nested_distill": ("Distance of a smaller width", "distance to the full width"),
-    "density_loss": ("Density loss", "share of active neurons, smoothed"),
-    "stage_accuracy": ("Accuracy after each stage", "accuracy on all classes (from 0 to 1)"),
-    "keys_used": ("Keys in use", "share of the keys that training has picked"),
-    "key_perplexity": ("Perplexity of the keys", "keys of a codebook in even use"),
-    "grad_norm": ("Gradient norm", "gradient norm (before clipping)"),
-    "lr": ("Learning rate", "learning rate of the adapter"),
-    "sparsity": ("Sparsity", "share of the adapted weights to prune"),
-    "pruned_share": ("Changes of the mask", "share of weights pruned or restored"),
-}
-NOT_DRAWN = {
-    "retained_lost",
-    "retained_drift",
-    "excess",
-    "step",
-    "epoch",
-    "tokens",
-    "padding",
-    "seconds",
-}
+AUXILIARY = ("aux_loss", "Auxiliary loss", "auxiliary loss (weighted)")
+# of the loop; those of method, loss and features are before them
+CHARTS = (
+    ("grad_norm", "Gradient norm", "gradient norm (before clipping)"),
+    ("lr", "Learning rate", "learning rate of the adapter"),
+)
+NOT_DRAWN = {"excess", "step", "epoch", "tokens", "padding", "seconds"}
 MIN_SECONDS = 1e-3  # activities that took less are left out of the chart of times
 
 
@@ -456,7 +431,8 @@ def plot_title(file: Path) -> str:
 
 def charts(record: RunRecord) -> list[str]:
     """Return a chart of each metric in the log against the optimizer step, as SVG."""
-    unit = LOSS_UNITS.get(record.scores.get("task", ""), "")
+    task = record.scores.get("task")
+    unit = task_class(task).loss_unit if task in TASKS else ""
     best_step = record.scores.get("best_step")
     kept = None if best_step is None else (f"saved checkpoint (step {best_step:,})", best_step)
     # training and validation loss share one chart, to show overfitting
@@ -473,13 +449,14 @@ def charts(record: RunRecord) -> list[str]:
         label, maximum = (f"{name} (%)", 100.0) if factor == 100 else (name, None)
         drawn.append(_chart([Curve(name, points)], title, label, maximum=maximum, marked=kept))
     # metrics of methods and losses, which the loop does not know by name
+    named = {key: words for key, *words in (AUXILIARY, *charts_of(record.config), *CHARTS)}
     own = dict.fromkeys(key for line in record.metrics for key in line)
-    # known metrics in the order of `CHARTS`, then the others
-    for key in dict.fromkeys((*CHARTS, *own)):
+    # first those that are declared, in that order
+    for key in dict.fromkeys((*named, *own)):
         if key not in OWN_CHARTS | NOT_DRAWN:
             words = key.replace("_", " ")
-            title, label = CHARTS.get(key, (words.capitalize(), words))
-            drawn.append(_chart([Curve(key, record.series(key))], title, label))
+            title, label = named.get(key, (words.capitalize(), words))
+            drawn.append(_chart([Curve(key, record.series(key))] if title else [], title, label))
     return [chart for chart in drawn if chart]
 
 

@@ -75,13 +75,13 @@ def best_setting_lines(
     runs = [(job, run) for job in candidates if (run := run_with(job, output)) is not None]
     if not runs:
         return
-    settings: dict[str, Setting] = {}
+    settings: dict[str, SettingRuns] = {}
     for words, run in runs:
         values = identity_of(run) or {}
         seed = values.pop(SEED)  # what is left identifies the setting
         assert isinstance(seed, int), "the settings of a run were checked"
         # JSON as key: settings contain lists and dicts, which cannot be hashed
-        setting = settings.setdefault(json.dumps(values, sort_keys=True), Setting(words, {}))
+        setting = settings.setdefault(json.dumps(values, sort_keys=True), SettingRuns(words, {}))
         setting.runs[seed] = run
     if all(setting.validated for setting in settings.values()):
         yield from lines_about(list(settings.values()), others)
@@ -94,7 +94,7 @@ def best_setting_lines(
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingRuns:
     """Finished runs that differ in the seed.
 
     Attributes:
@@ -121,7 +121,7 @@ class Setting:
         return mean_quality(quality_of(scores, validation_of(scores)) for scores in chosen)
 
 
-def lines_about(settings: Sequence[Setting], others: Sequence[list[str]]) -> Iterator[str]:
+def lines_about(settings: Sequence[SettingRuns], others: Sequence[list[str]]) -> Iterator[str]:
     """Yield lines about the best of these settings; of equal ones about the first."""
     # over the same seeds, or a setting whose run of a bad seed failed would be preferred
     every = [set(setting.runs) for setting in settings]

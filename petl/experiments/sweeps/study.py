@@ -438,8 +438,9 @@ class Study:
                 f"train.together={config.train.together} is for sweeps; use --together "
                 f"{config.train.together}"
             )
-        # of a bfloat16 model it is the same everywhere
-        if config.train.precision == AUTO and config.model.dtype != "bfloat16":
+        # of a bfloat16 model, and with what needs float32, it is the same everywhere
+        fixed = config.model.dtype == "bfloat16" or config.float32
+        if config.train.precision == AUTO and not fixed:
             self._automatic[slug(contender.name)] = config.model
 
     def _replaced(self, contender: Contender) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -242,13 +242,17 @@ class LanguageModel:
             InputError: a prompt is empty or longer than the model allows, the model or number of
                 prompts does not allow prompt lookup, or its tokenizer no grammar.
         """
+        arguments = sampling.arguments(self.base.generation_config)
+        wanted = arguments["max_new_tokens"]
+        arguments["max_new_tokens"] = min(wanted, self.room(prompts) or wanted)
+        is_alone = len(prompts) == 1 or sampling.prompt_lookup is not None
+        if arguments["max_new_tokens"] < wanted and not is_alone:
+            # else the longest prompt would cut the answers to the others
+            alone = partial(self.answer, sampling=sampling, stop=stop, stats=stats)
+            return [alone([prompt])[0] for prompt in prompts]
         longest = max(map(len, prompts))
         on_left = not self.is_encoder_decoder
         inputs = batched_prompts(prompts, pad_id(self.tokenizer), on_left=on_left)
-        arguments = sampling.arguments(self.base.generation_config)
-        room = self.room(prompts)
-        if room is not None:
-            arguments["max_new_tokens"] = min(arguments["max_new_tokens"], room)
         start = 1 if self.is_encoder_decoder else longest  # of the answer, in what is generated
         criteria: list[StoppingCriteria] = [] if stop is None else [StopEvent(stop)]
         if sampling.stop:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 QUERIES = 2048  # that are searched at a time; assumption: with a chunk of documents, 100 MB
 
 
-class Choice(NamedTuple):
+class NegativeChoice(NamedTuple):
     """Which texts are negatives.
 
     Attributes:
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
     skip: int = 0
 
 
-class Pairs(NamedTuple):
+class QueryPositives(NamedTuple):
     """Queries with their positives, and the vectors of both.
 
     Attributes:
@@ -64,7 +64,7 @@ def mine(
     texts: Sequence[str],
     rows: list[Row],
     out: Path,
-    choice: Choice,
+    choice: NegativeChoice,
     vectors: Path | None = None,
 ) -> tuple[int, int]:
     """Write rows with negatives; return how many, and the number of negatives in all.
@@ -128,7 +128,7 @@ def read_pairs(name: str, query: str = "query", positive: str = "positive") -> l
     return rows
 
 
-def _pairs_of(predictor: Predictor, rows: list[Row], margin: float | None) -> Pairs:
+def _pairs_of(predictor: Predictor, rows: list[Row], margin: float | None) -> QueryPositives:
     """The vectors of queries; with a margin, those of positives give the limits."""
     size = predictor.batch_size
     # a query may have several rows, and one vector
@@ -137,12 +137,12 @@ def _pairs_of(predictor: Predictor, rows: list[Row], margin: float | None) -> Pa
     places = torch.tensor([numbers[row["query"]] for row in rows])
     queries = _normal(predictor, vectors_of(predictor, different, QUERY, size))
     if margin is None:
-        return Pairs(rows, places, queries, None)
+        return QueryPositives(rows, places, queries, None)
     answers = list(dict.fromkeys(row["positive"] for row in rows))
     known = {answer: i for i, answer in enumerate(answers)}
     own = torch.tensor([known[row["positive"]] for row in rows])
     positives = _normal(predictor, vectors_of(predictor, answers, DOCUMENT, size))
-    return Pairs(rows, places, queries, (queries[places] * positives[own]).sum(1) - margin)
+    return QueryPositives(rows, places, queries, (queries[places] * positives[own]).sum(1) - margin)
 
 
 def _normal(predictor: Predictor, found: np.ndarray) -> Tensor:
@@ -157,7 +157,11 @@ def _is_cosine(predictor: Predictor) -> bool:
 
 
 def _with_negatives(
-    predictor: Predictor, pairs: Pairs, texts: Sequence[str], documents: Tensor, choice: Choice
+    predictor: Predictor,
+    pairs: QueryPositives,
+    texts: Sequence[str],
+    documents: Tensor,
+    choice: NegativeChoice,
 ) -> Iterator[list[Row]]:
     """Yield the rows that have negatives, in parts."""
     known: dict[str, set[str]] = defaultdict(set)

@@ -31,7 +31,7 @@ from petl.data.models.loading import load_base, load_processor, new_modules
 from petl.data.models.sources import read_source
 from petl.data.tasks.base import Pad, pad_id
 from petl.data.tasks.retrieval import Retrieval
-from petl.data.tasks.retrieval.base_folder import Folder
+from petl.data.tasks.retrieval.base_folder import BaseFolder
 from petl.data.tasks.retrieval.reranking import Reranking
 from petl.data.validation import Row, every
 from petl.errors import InputError, did_you_mean, first_line, shown
@@ -122,7 +122,7 @@ def load_embedder(
         with accelerate_restored(), torch.random.fork_rng(devices=[]):
             return Predictor.of(replace(found, other_base=other_base), batch_size)
     source, task = read_source(found), Retrieval()
-    folder = Folder(source)
+    folder = BaseFolder(source)
     if folder.is_cross_encoder or (folder.scores and not folder.is_embedders):
         raise InputError(
             f"{path} is a model that scores texts ({folder.scores}): vectors need an embedder"
@@ -151,7 +151,7 @@ def plain_predictor(
 def length_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of a text at most, of a plain model: those of its folder, else `LONGEST`."""
     source = read_source(settings)
-    known = Folder(source).max_length
+    known = BaseFolder(source).max_length
     if known is None and tokenizer.model_max_length < VERY_LARGE_INTEGER:
         known = tokenizer.model_max_length
     most = getattr(source.config().get_text_config(), "max_position_embeddings", None)

@@ -20,7 +20,7 @@ from petl.data.batch_sampler import chunks
 from petl.data.judgements import QUERY
 from petl.data.models.sources import read_source
 from petl.data.tasks.retrieval import Retrieval
-from petl.data.tasks.retrieval.base_folder import MODULES, Folder
+from petl.data.tasks.retrieval.base_folder import MODULES, BaseFolder
 from petl.data.tasks.retrieval.reranking import Reranking
 from petl.data.tasks.task_file import read_task
 from petl.errors import InputError, RunStopped, shown
@@ -412,7 +412,7 @@ def scoring_of(path: str, *, trust_remote_code: bool = False) -> str:
         task = read_task(found.adapter)
         return task.name if task is not None and task.name in SCORING else ""
     # a plain model says by the files of sentence-transformers what it is
-    folder = Folder(read_source(found))
+    folder = BaseFolder(read_source(found))
     if folder.is_cross_encoder:
         return "reranking"
     return "retrieval" if folder.base.json_file(MODULES) is not None else ""
@@ -433,7 +433,7 @@ def load_scoring(
 def load_scorer(path: str, **options: bool) -> Predictor:
     """Load a run or model of `SCORING`."""
     found = find_model(path, trust_remote_code=options["trust_remote_code"])
-    if isinstance(found, SavedAdapter) or not Folder(read_source(found)).is_cross_encoder:
+    if isinstance(found, SavedAdapter) or not BaseFolder(read_source(found)).is_cross_encoder:
         return load_embedder(path, **options)
-    loss = "binary" if Folder(read_source(found)).has_probabilities else "mse"
+    loss = "binary" if BaseFolder(read_source(found)).has_probabilities else "mse"
     return plain_predictor(found, Reranking(loss=loss))

@@ -33,7 +33,7 @@ CODES, STATS = "_codes", "_stats"  # suffixes of names of tensors
 LEAST_SIGMA = 1e-8  # a negative one would reverse the order of the codes
 
 
-class Steps(Protocol):
+class StepFields(Protocol):
     """Fields of the config that the steps read."""
 
     pv_fraction: float
@@ -170,7 +170,7 @@ class Progress(NamedTuple):
 
 
 @torch.no_grad()
-def take_steps(weights: Iterable[CodedWeight], config: Steps) -> Progress:
+def take_steps(weights: Iterable[CodedWeight], config: StepFields) -> Progress:
     """Take the V step of each weight, after the step of the optimizer.
 
     Args:
@@ -214,7 +214,7 @@ def distance(weights: Sequence[CodedWeight]) -> float:
 
 
 def optimizer_of(
-    groups: Iterable[Group], coded: Iterable[tuple[Steps, Sequence[CodedWeight]]]
+    groups: Iterable[Group], coded: Iterable[tuple[StepFields, Sequence[CodedWeight]]]
 ) -> Optimizer:
     """Return AdamW over these groups: buffers in groups of their own, and statistics do not decay.
 
@@ -223,7 +223,7 @@ def optimizer_of(
         coded: the config of each adapter, with its weights.
     """
     # of statistics None: they keep the rate of their group
-    steps: dict[int, Steps | None] = {}
+    steps: dict[int, StepFields | None] = {}
     for config, weights in coded:
         for weight in weights:
             steps |= {id(weight.weight): config, id(weight.stats): None}
@@ -234,7 +234,7 @@ def optimizer_of(
     return AdamW(parts, fused=not any(tensor.is_meta for tensor in tensors))
 
 
-def _parts(group: Group, steps: Mapping[int, Steps | None]) -> Iterator[Group]:
+def _parts(group: Group, steps: Mapping[int, StepFields | None]) -> Iterator[Group]:
     """Yield a group without its coded weights, then groups of these: statistics, buffers."""
     found: dict[tuple[float, ...] | None, list[Tensor]] = {}
     for parameter in group["params"]:

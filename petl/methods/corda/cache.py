@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from petl.core.parameters import buffer_of
 from petl.errors import InputError
 from petl.system.files.disk import create, is_as_noted, note_digest
 from petl.system.files.read import parse_json
@@ -202,8 +203,3 @@ def update_hash(digest: Any, name: str, value: object) -> None:
     else:
         digest.update(f"{name} ".encode())
         digest.update(pickle.dumps(value))  # `repr` would abbreviate long arrays
-
-
-def buffer_of(tensor: Tensor) -> Any:
-    """The bytes of a tensor, as a buffer on the CPU."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -68,6 +68,10 @@ class Dkvb(Method[DkvbConfig, DkvbAdapter]):
         ),
     }
     capture_cls = MeanCapture
+    charts = (
+        ("keys_used", "Keys in use", "share of the keys that training has picked"),
+        ("key_perplexity", "Perplexity of the keys", "keys of a codebook in even use"),
+    )
 
     def needs_data(self, config: DkvbConfig) -> str:
         """The keys are learnt from data."""

@@ -73,6 +73,7 @@ class Dsee(Method[DseeConfig, DseeAdapter]):
     )
     need = "a pruned model"
     by_position = True
+    charts = (("sparsity", "Sparsity", "share of the adapted weights to prune"),)
     lacks = {
         Capability.LORA_EXPORT: (
             "its update alone is a LoRA, of rank r + num_sparse, but the weights that it prunes "

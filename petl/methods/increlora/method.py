@@ -64,6 +64,10 @@ class Increlora(Method[IncreloraConfig, IncreloraAdapter]):
     }
     strength_tensors = ("lora_B",)
     components = "it orders them by importance itself"
+    charts = (
+        ("total_rank", "Total rank", "sum of the active ranks of all modules"),
+        ("active_parameters", "Active parameters", "parameters of the active ranks"),
+    )
     free_dims = ROWS  # a file has as many components as have grown
 
     def settings(self, c: WrapContext[IncreloraConfig]) -> dict[str, Settings]:

@@ -128,6 +128,10 @@ def comparing_logits(config: DistillConfig) -> str:
     summary="keeps the blocks' outputs, or the logits, near those without the adapter",
     paper="Guo et al. 2024, PELA: Learning Parameter-Efficient Models with Low-Rank Approximation, "
     "CVPR, arXiv:2310.10700",
+    charts=(
+        ("distill_features", "Distance of the blocks' outputs", "mean square, to the teacher's"),
+        ("distill_logits", "Distance of the logits", "difference from the teacher's"),
+    ),
 )
 class Distillation:
     """The distillation term of a PeftModel, available as `model.distillation`.

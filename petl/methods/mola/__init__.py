@@ -359,6 +359,7 @@ class Mola(Method[MolaConfig, MolaAdapter]):
     paper = "Gao et al. 2025, MoLA: MoE LoRA with Layer-wise Expert Allocation, arXiv:2402.08562"
     need = "capacity where it is needed"
     recommended = "experts per layer, chosen by token: for mixed data and many skills"
+    charts = (("expert_load_max", "Busiest expert", "load relative to the mean (1: balanced)"),)
     lacks = {
         Capability.MERGE: (
             "MoLA adapters depend on the input through the router and cannot be merged; keep the "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petl.core.layers.grouped import GroupedLowRank, GroupedUpdate, Stack
+from petl.core.layers.grouped import GroupedLowRank, GroupedUpdate, StackedParameter
 from petl.methods.mola.routing import top_k_gates
 
 
@@ -27,10 +27,12 @@ class GroupedMola(GroupedLowRank):
         # picks and probabilities of the routers, from `updates` to `finish` of a pass
         self.routed: tuple[Tensor, Tensor] | None = None
         names = ("lora_A", "lora_B", "router")
-        self.A, self.B, self.router = (Stack([getattr(a, n) for a in adapters]) for n in names)
+        self.A, self.B, self.router = (
+            StackedParameter([getattr(a, n) for a in adapters]) for n in names
+        )
 
     @property
-    def stacks(self) -> Sequence[Stack]:
+    def stacks(self) -> Sequence[StackedParameter]:
         return self.A, self.B, self.router
 
     def rates(self) -> Sequence[float]:

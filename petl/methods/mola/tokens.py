@@ -98,7 +98,7 @@ def tokens_of(
     mask = given.get("attention_mask")
     mask = mask.get("full_attention") if isinstance(mask, Mapping) else mask
     T = source.shape[1]
-    key_BS, tree = _as_keys(mask, past + T), _as_tree(mask, T, past + T)
+    key_BS, tree = _read_mask(mask, T, past + T)
     positions = _positions(given.get("position_ids"), key_BS, T, past, source.device)
     is_packed = (
         given.get("position_ids") is not None
@@ -117,30 +117,26 @@ def tokens_of(
     )
 
 
-def _as_keys(mask: object, columns: int) -> Tensor | None:
-    """Return a 2-D mask as [B, S + T] booleans, or None if it is not 2-D."""
+def _read_mask(mask: object, T: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return a 2-D mask as [B, S + T] booleans, and a 4-D one, maybe additive, as [B, 1, T, S + T].
+
+    None for the other of the two, or for both without a mask.
+    """
     keys = as_2d(mask)
-    if keys is None:
-        return None
-    if keys.shape[1] < columns:
+    if keys is not None and keys.shape[1] < columns:
         raise InputError(
             f"attention_mask has {keys.shape[1]} columns for {columns} tokens, those in the cache "
             "included; pass the mask of all of them"
         )
-    return keys[:, :columns].bool()
-
-
-def _as_tree(mask: object, T: int, columns: int) -> Tensor | None:
-    """Return a 4-D mask, boolean or additive, as [B, 1, T, S + T] booleans; None for others."""
-    if mask is None or as_2d(mask) is not None:
-        return None
+    if mask is None or keys is not None:
+        return None if keys is None else keys[:, :columns].bool(), None
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise UnsupportedError(
             f"router_type='pregated' cannot read an attention_mask of type {type(mask).__name__}; "
             "pass a 2-D mask, or a 4-D tensor"
         )
-    mask = mask[:, :1, -T:, :columns]
-    return mask if mask.dtype == torch.bool else mask >= 0
+    tree = mask[:, :1, -T:, :columns]
+    return None, tree if tree.dtype == torch.bool else tree >= 0
 
 
 def _positions(

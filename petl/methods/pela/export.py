@@ -16,13 +16,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petl.core.experts.layer import has_adapted_experts
 from petl.core.layers.layer import AdapterLayer, shape_of
-from petl.core.model.changed import changed_copy, load_changed
+from petl.core.model.changed import changed_copy, load_changed, remember
 from petl.core.model.linear import LINEAR_KINDS
 from petl.core.parameters import quantization_of
 from petl.core.spec.config import require
 from petl.errors import InputError, UnsupportedError
 from petl.methods.pela.method import Pela, PelaAdapter
-from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json
 
 RANKS = "ranks.json"
@@ -65,7 +64,9 @@ def export(model: PeftModel) -> nn.Module:
         elif isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[module.active_adapters[0]]
             changes[id(module)] = copy.deepcopy(trained)
-    return changed_copy(base, changes).requires_grad_(True)
+    small = changed_copy(base, changes).requires_grad_(True)
+    remember(small, RANKS, {"ranks": ranks_of(small)})
+    return small
 
 
 def plain_layer(layer: AdapterLayer, name: str) -> nn.Sequential:
@@ -109,12 +110,6 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 def save(model: PreTrainedModel, folder: str | Path) -> None:
     """Write an exported model: as `save_pretrained` does, and the ranks."""
     model.save_pretrained(folder)
-    write_ranks(model, Path(folder))
-
-
-def write_ranks(model: nn.Module, folder: Path) -> None:
-    """Write the ranks of an exported model into its folder."""
-    write_atomic(folder / RANKS, as_json({"ranks": ranks_of(model)}))
 
 
 def load(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
@@ -142,6 +137,7 @@ def load(config: PretrainedConfig, folder: str | Path) -> PreTrainedModel:
 
 def put_low_rank(model: nn.Module, ranks: dict[str, int], file: Path) -> None:
     """Replace linear layers of a model by low-rank ones with random values."""
+    remember(model, RANKS, {"ranks": ranks})
     for path, rank in ranks.items():
         try:
             layer = model.get_submodule(path)

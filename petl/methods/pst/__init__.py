@@ -136,6 +136,10 @@ class Pst(Method[PstConfig, PstAdapter]):
     recommended = "trains sparsity with as few parameters as LoRA; merges into weights with zeros"
     lr = 3e-4
     by_position = True
+    charts = (
+        ("sparsity", "Sparsity", "share of the adapted weights to prune"),
+        ("pruned_share", "Changes of the mask", "share of weights pruned or restored"),
+    )
     lacks = {
         Capability.LORA_EXPORT: (
             "it prunes the base weights, which no update of low rank does; `petl merge` writes the "

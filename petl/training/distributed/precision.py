@@ -44,11 +44,14 @@ def bf16_units(device: torch.device) -> str:
     return "bfloat16 units" if is_supported(**options) else ""
 
 
-def automatic(source: ModelSource) -> str:
+def automatic(source: ModelSource, float32: str = "") -> str:
     """Return the autocast precision of `train.precision=auto`, "no" or "bf16".
 
     It is what `accelerate launch` was told; else bf16 if this machine has units for such products
     and blocks of the model's width take less time with them, as a trial of a second finds.
+
+    Args:
+        float32: as of `RunConfig`.
 
     Raises:
         InputError: Accelerate was told another one; the model is not available.
@@ -59,7 +62,7 @@ def automatic(source: ModelSource) -> str:
             f"{ASKED}={asked}, as accelerate launch --mixed_precision sets it: allowed are "
             f"{' and '.join(CHOICES)}; or set train.precision of the run"
         )
-    share = _share(source)
+    share = None if asked or float32 else _share(source)
     return asked or ("bf16" if share is not None and share <= PAYS else "no")
 
 
@@ -85,7 +88,7 @@ def _share(source: ModelSource) -> float | None:
     return measure(width, device_of_run())
 
 
-def described(precision: str, source: ModelSource) -> str:
+def described(precision: str, source: ModelSource, float32: str = "") -> str:
     """Describe an autocast precision that `auto` stands for, with the reason for it."""
     if source.dtype == "bfloat16":
         return "bf16 (model.dtype=bfloat16, with an adapter in float32)"
@@ -94,6 +97,8 @@ def described(precision: str, source: ModelSource) -> str:
     why = [f"{device.type} has {units or 'no products in bfloat16'}"]
     if ASKED in os.environ:
         why = [f"{ASKED} is set to {os.environ[ASKED]}"]
+    elif float32 and precision == "no":
+        why = [float32]
     elif units:
         share = _share(source)
         why.append(NO_TRIAL if share is None else f"a step takes {share:.2f} of float32's time")

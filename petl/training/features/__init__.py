@@ -23,7 +23,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petl.core.support import Capability, Lacks, Part
-from petl.core.types import Batch, Fields, Groups, Record
+from petl.core.types import Batch, Chart, Fields, Groups, Record
 from petl.errors import InputError
 from petl.system.imports.tables import LOSSES, METHODS
 from petl.system.values import check_rules, read_fields
@@ -49,9 +49,9 @@ FEATURES = {
     "data.new_tokens": "petl.training.features.new_tokens:NewTokens",
     "train.init_from": "petl.training.features.init_from:InitFrom",
     "data.order": "petl.training.features.class_stream:ClassOrder",
-    "data.sampling": "petl.training.features.sampling:Sampling",
+    "data.sampling": "petl.training.features.sampling:RowSampling",
     "train.class_weights": "petl.training.features.class_weights:ClassWeights",
-    "train.budget": "petl.training.budget:Budget",
+    "train.budget": "petl.training.budget:ParameterBudget",
     "ranks": "petl.training.ranks.run:RanksByImportance",
     "tokens": "petl.training.features.tokens:DroppedTokens",
     "train.cache_frozen": "petl.training.frozen:FrozenStore",
@@ -186,6 +186,7 @@ class RunFeature:
         key: its entry in scores.json.
         Settings: a dataclass of `setting` fields, for a feature that is a group of settings.
         uses, lacks: its capability and its rows in the table of petl/core/support.py.
+        charts: of metrics of its own in the log.
         setting: the name of the setting that asks for it.
         settings: the value of its setting: of `Settings`, or as YAML has it; None if a method
             or loss brings it.
@@ -196,6 +197,7 @@ class RunFeature:
     Settings: ClassVar[type | None] = None
     uses: ClassVar[tuple[Capability, ...]] = ()
     lacks: ClassVar[Lacks] = {}
+    charts: ClassVar[tuple[Chart, ...]] = ()
     setting: str = ""
 
     def __init__(self, settings: Any, groups: Groups) -> None:
@@ -281,13 +283,27 @@ def sections_of(folder: Path, settings: Groups, scores: Record) -> list[Section]
     return [section for section in sections if section is not None]
 
 
-def _wanted(settings: Groups) -> Iterator[tuple[type[RunFeature], str, Any]]:
-    """Yield class, setting and its value of each feature of a run."""
+def charts_of(settings: Groups) -> list[Chart]:
+    """Return the charts that method, loss and features of a run have of their metrics."""
+    parts = [entry for key in ("name", "inner") for _, entry in _entries(settings, key)]
+    parts += (kind for kind, *_ in _wanted(settings))
+    return [chart for part in parts for chart in part.charts]
+
+
+def _entries(settings: Groups, key: str = "name") -> Iterator[tuple[str, Any]]:
+    """Yield the groups of method and loss, each with the registry's entry that `key` names."""
     for group, table in (("method", METHODS), ("loss", LOSSES)):
         chosen = settings.get(group)
         # a saved run may be of a package that is not installed
-        entry = table.get(str(chosen["name"])) if isinstance(chosen, Mapping) else None
-        for place in entry.features if entry else ():
+        entry = table.get(str(chosen.get(key))) if isinstance(chosen, Mapping) else None
+        if entry:
+            yield group, entry
+
+
+def _wanted(settings: Groups) -> Iterator[tuple[type[RunFeature], str, Any]]:
+    """Yield class, setting and its value of each feature of a run."""
+    for group, entry in _entries(settings):
+        for place in entry.features:
             yield resolve_name(place), group, None
     for asked, place in FEATURES.items():
         name, _, only = asked.partition("=")

@@ -38,6 +38,9 @@ class ClassOrder(RunFeature):
     """Trains on the rows of one class after the other, and scores all classes after each."""
 
     key = "stream"
+    charts = (
+        ("stage_accuracy", "Accuracy after each stage", "accuracy on all classes (from 0 to 1)"),
+    )
     lacks = {
         Capability.BUCKETS: "it orders rows by class, and buckets by length",
         Capability.EVALUATION: (

@@ -22,7 +22,7 @@ BINS = 24  # of similarities
 PARTS = 4  # of queries, by their length
 
 
-class Line(TypedDict):
+class RankingLine(TypedDict):
     """A line of a file of predictions; those of queries have all columns."""
 
     row: int
@@ -81,7 +81,7 @@ def queries_of(file: Path) -> dict[int, Query]:
         InputError: it is damaged.
     """
     found = {}
-    for line in iterate_json_lines(file, Line):
+    for line in iterate_json_lines(file, RankingLine):
         if "nearest_relevant" in line:
             texts = (line["text"], line["prediction"], line["label"])
             values = (line["ndcg_at_10"], line["nearest_relevant"], line["nearest_other"])

@@ -15,7 +15,7 @@ from petl.training.dataloader import TrainingRows
 from petl.training.features import RunFeature
 
 
-class Sampling(RunFeature):
+class RowSampling(RunFeature):
     """Draws rows of small sets or classes more often than once an epoch, others less often."""
 
     repeats = {Capability.BUCKETS: "it repeats rows, and buckets take each row once an epoch"}

@@ -35,7 +35,7 @@ class Lines(NamedTuple):
     marked: tuple[str, float] | None = None
 
 
-class Passage(NamedTuple):
+class ColoredText(NamedTuple):
     """A text whose parts are colored.
 
     Attributes:
@@ -82,5 +82,5 @@ class Section:
     pictures: Sequence[str] = ()
     drawn: Sequence[str] = ()
     alarm: str = ""
-    passages: Sequence[Passage] = ()
+    passages: Sequence[ColoredText] = ()
     examples: Examples | None = None

@@ -82,7 +82,7 @@ class Drift:
         return text if self.cka is None else f"{text}; CKA {self.cka:.3f}"
 
 
-class Rows(NamedTuple):
+class BatchedRows(NamedTuple):
     """Rows that a model reads, in batches.
 
     Attributes:
@@ -101,7 +101,7 @@ def of_texts(
     tokenizer: PreTrainedTokenizerBase | Processor,
     batch_size: int,
     processes: Processes = ALONE,
-) -> Rows:
+) -> BatchedRows:
     """Return texts in batches."""
     pad = tokenizer_of(tokenizer).pad_token_id or 0
 
@@ -114,12 +114,12 @@ def of_texts(
 
     parts = by_length([len(row.ids) for row in rows], batch_size, processes)
     batches = [(numbers, lambda numbers=numbers: inputs(numbers)) for numbers in parts]
-    return Rows([row.text for row in rows], batches, processes)
+    return BatchedRows([row.text for row in rows], batches, processes)
 
 
 def compare(
     model: nn.Module,
-    rows: Rows,
+    rows: BatchedRows,
     *,
     base: nn.Module | None = None,
     before: Tensor | None = None,
@@ -162,7 +162,9 @@ def compare(
     )
 
 
-def features_of(model: nn.Module, rows: Rows, trained: Collection[str] | None = None) -> Tensor:
+def features_of(
+    model: nn.Module, rows: BatchedRows, trained: Collection[str] | None = None
+) -> Tensor:
     """Return the features of all rows, [N, H] float64, on the CPU.
 
     Args:

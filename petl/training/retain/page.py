@@ -19,7 +19,7 @@ from petl.system.files.disk import as_json, write_atomic
 from petl.system.files.read import read_json, read_json_lines, read_yaml
 from petl.system.values import type_problem
 from petl.training.features.bars import Bar, Bars
-from petl.training.features.section import Curve, Lines, Passage, Section
+from petl.training.features.section import ColoredText, Curve, Lines, Section
 from petl.training.retain.drift import Drift
 from petl.training.retain.measure import Retained, RetainedText
 from petl.training.retain.rows import AT_START, KEY, RetainedRow, tokenizer_of
@@ -182,7 +182,7 @@ def _change(line: Record) -> float:
     return line["after"] - line["before"] if "after" in line else line["drift"]
 
 
-def _passages(folder: Path) -> list[Passage]:
+def _passages(folder: Path) -> list[ColoredText]:
     """Return the texts that lost most and least, with their tokens."""
     file = folder / TOKENS
     if not file.exists():
@@ -194,5 +194,5 @@ def _passages(folder: Path) -> list[Passage]:
         pieces = [(str(piece[0]), piece[1]) for piece in text["pieces"]]
         before, after = text["before"], text["after"]
         title = f"{before:.2f} -> {after:.2f} nats, {after - before:+.2f}"
-        passages.append(Passage(title, pieces))
+        passages.append(ColoredText(title, pieces))
     return passages

@@ -125,6 +125,7 @@ class Retaining(RunFeature):
     """Measures what a model loses on retained texts, limits it, and replays some of them."""
 
     key, at_start = KEY, AT_START
+    charts = tuple((name, "", "") for name in CURVE.values())  # its section has them
     Settings = RetainConfig
     settings: RetainConfig
     kind = "language"
@@ -382,11 +383,11 @@ class Retaining(RunFeature):
             )
         return drift.features_of(model, self._batches(splits, processes), trained)
 
-    def _batches(self, splits: Splits, processes: Processes) -> "drift.Rows":
+    def _batches(self, splits: Splits, processes: Processes) -> "drift.BatchedRows":
         from petl.training.retain import drift  # as in `_of_model`
 
         if self.other is not None:
-            return drift.Rows(self.other.names, self.other.batches(processes), processes)
+            return drift.BatchedRows(self.other.names, self.other.batches(processes), processes)
         return drift.of_texts(self.rows, splits.processor, BATCH_SIZE, processes)
 
     def measure(self, context: Context) -> "Retained | drift.Drift":

@@ -37,6 +37,7 @@ class RunConfig:
         launch: how several processes divide the work.
         tracker: where metrics go in addition to the run's folder; None: nowhere.
         resolved: the settings by group as nested plain values, as config.yaml stores them.
+        float32: why `train.precision=auto` is float32 whatever the device; "": nothing needs it.
     """
 
     train: TrainConfig
@@ -47,6 +48,7 @@ class RunConfig:
     launch: "Launch"
     tracker: "TrackerConfig | None"
     resolved: Groups
+    float32: str = ""
 
     @property
     def precision(self) -> str:
@@ -59,7 +61,8 @@ class RunConfig:
             return "bf16"
         if self.train.precision == AUTO:
             # with torch, which is not imported to check settings
-            return resolve_name("petl.training.distributed.precision:automatic")(self.model)
+            automatic = resolve_name("petl.training.distributed.precision:automatic")
+            return automatic(self.model, self.float32)
         return self.train.precision
 
     def with_train(self, **values: object) -> "RunConfig":

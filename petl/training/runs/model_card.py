@@ -21,7 +21,7 @@ from peft import PeftConfig
 from petl.core.registry import METHODS
 from petl.core.spec.facts import facts_of
 from petl.core.types import Record, Settings
-from petl.data.models.sources import Folder, ModelSource, RandomInit, SmolLM2
+from petl.data.models.sources import ModelFolder, ModelSource, RandomInit, SmolLM2
 from petl.data.tasks.base import Task
 from petl.data.tasks.scores import is_beside
 from petl.errors import markdown, printable
@@ -268,7 +268,7 @@ def _note_on_base(it: CardInfo) -> str:
         return RANDOM.format(torch=torch.__version__, transformers=transformers.__version__)
     if isinstance(it.source, SmolLM2):
         return ROUNDED
-    return LOCAL if isinstance(it.source, Folder) and it.base is None else ""
+    return LOCAL if isinstance(it.source, ModelFolder) and it.base is None else ""
 
 
 def _score_table(scores: Settings) -> list[str]:

@@ -14,7 +14,7 @@ from petl.core.losses import loss_part
 from petl.core.losses import read as read_loss
 from petl.core.method import Method
 from petl.core.registry import build_config, is_computed, method, method_part
-from petl.core.support import BASES, Capability, Conflict, Part, require_compatible
+from petl.core.support import BASES, Capability, Conflict, Part, conflicts, require_compatible
 from petl.core.types import Fields, Record, Settings
 from petl.data.base import data_source, source_class
 from petl.data.models.sources import PACKAGES, read_source
@@ -95,8 +95,11 @@ def completed(settings: Groups) -> RunConfig:
         resolved=settings | {"method": fields, "train": settings["train"] | known, "data": data},
     )
     parts = [feature.part for feature in features_of(config.resolved)]
-    require_compatible(choice_of(chosen, config, parts))
-    return config
+    choice = choice_of(chosen, config, parts)
+    require_compatible(choice)
+    # not refused: whoever asks for bf16 gets it
+    found = conflicts([*choice, Part("train.precision=auto", (Capability.BF16,))])
+    return replace(config, float32="; ".join(f"{part}: {reason}" for _, part, reason in found))
 
 
 def chosen_method(settings: Settings) -> Method:

@@ -187,7 +187,7 @@ class Run:
             # a resumed run keeps what auto was when it began
             kept = {} if found is None else read_state(found)["identity"]
             begun = {"precision": kept.get(PRECISION, self.config.precision)}
-            said = described(begun["precision"], self.config.model)
+            said = described(begun["precision"], self.config.model, self.config.float32)
             as_before = "" if found is None else ", as this run began"
             logger.info("train.precision=auto: %s%s", said, as_before)
         return found, found is not None and is_finished(found.parent.parent), begun

@@ -143,10 +143,10 @@ class TrainConfig:
         one_of("no", "bf16", "auto"),
         "autocast: bf16 for matrix products in bfloat16, no for float32, or auto",
     )
-    """Auto: bf16 where the device computes such products in hardware and a trial of a second, kept
-    for later runs, finds steps of the model's width at least a tenth faster, else no; or what
-    `accelerate launch` was told. A run keeps what it began with, also when it is resumed on another
-    machine.
+    """Auto: bf16 where the device computes such products in hardware, a trial of a second, kept for
+    later runs, finds steps of the model's width at least a tenth faster, and nothing of the run
+    needs float32, else no; or what `accelerate launch` was told. A run keeps what it began with,
+    also when it is resumed on another machine.
     """
     gradient_checkpointing: bool | str = field(
         False,

@@ -46,7 +46,7 @@ from petl.training.watch.steps import Steps
 SAME_RATE = 1e-6  # relative distance of learning rates that are equal
 
 
-class Options(TypedDict, total=False):
+class WatchOptions(TypedDict, total=False):
     """The arguments of `petl.Watch`."""
 
     on: str
@@ -301,7 +301,7 @@ def watch(
     train: object = None,
     test: object = None,
     optimizer: Optimizer | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[WatchOptions],
 ) -> Watch:
     """Tell what goes wrong in silence while a model trains, see `petl.Watch`.
 

@@ -189,7 +189,7 @@ def test_an_encoder_decoder_is_compared_on_rows(tmp_path):
 @pytest.mark.parametrize("base", ["/no/such", "no/such", "empty"])
 def test_a_base_that_cannot_be_opened_is_an_error_of_the_user(base, saved, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(petl.InputError, match=r"such|empty"):
+    with pytest.raises(petl.InputError):
         petl.check(saved(), base=tmp_path / base if base == "empty" else base)
 
 

@@ -23,7 +23,7 @@ def test_excluded_tensors_stay_those_of_the_tuned_model(tmp_path):
     state |= {"extra": torch.randn(3), "ids": torch.arange(4)}
     base = folder_of(tmp_path / "base", {name: t.bfloat16() for name, t in start.items()})
     tuned = folder_of(tmp_path / "tuned", state)
-    with pytest.raises(petl.InputError, match="has no tensor extra"):
+    with pytest.raises(petl.InputError, match="extra"):
         prune_model(tuned, base, tmp_path / "out", 0.5, exclude=["ids"])
     kept, changed = prune_model(
         tuned, base, tmp_path / "out", 0.5, exclude=["head", "extra", "ids"]

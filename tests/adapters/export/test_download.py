@@ -1,6 +1,7 @@
 """What comes from a local stand-in of the Hub is one commit, checked before the folder appears."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -90,26 +91,26 @@ def test_an_embedder_comes_back_with_all_that_makes_its_vectors(embedder, hub_se
 def test_a_module_that_is_a_link_stays(embedder, hub_server, tmp_path):
     (embedder / "1_Pooling").rename(tmp_path / "elsewhere")
     (embedder / "1_Pooling").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="1_Pooling is a link"):
+    with pytest.raises(InputError):
         prepare(embedder, NAME)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("modules.json", [{"type": "x.Dense", "path": "../up"}], r"names \.\./up"),
-        ("modules.json", [{"type": "x.Dense", "path": "/up"}], "names /up"),
-        ("modules.json", {"type": "x.Dense"}, r"modules\.json cannot be used"),
+        ("modules.json", [{"type": "x.Dense", "path": "../up"}], r"\.\./up"),
+        ("modules.json", [{"type": "x.Dense", "path": "/up"}], "/up"),
+        ("modules.json", {"type": "x.Dense"}, r"modules\.json"),
         (
             "modules.json",
             [{"type": "sentence_transformers.models.Pooling", "path": "lost"}],
-            r"lost/config\.json cannot",
+            r"lost/config\.json",
         ),
-        ("modules.json", [{"type": "x.Pooling", "path": "lost"}], "whose code petl does not have"),
-        ("1_Pooling/config.json", [], r"1_Pooling/config\.json cannot be used"),
-        ("projection/model.safetensors", {}, r"projection/model\.safetensors cannot be read"),
+        ("modules.json", [{"type": "x.Pooling", "path": "lost"}], "x.Pooling"),
+        ("1_Pooling/config.json", [], r"1_Pooling/config\.json"),
+        ("projection/model.safetensors", {}, r"projection/model\.safetensors"),
         ("widths.json", {"layers": {"a": [0, 1]}}, r"widths\.json"),
-        ("task.json", {}, r"task\.json cannot be used"),
+        ("task.json", {}, r"task\.json"),
         ("sentence_bert_config.json", [], "sentence_bert_config"),
     ],
 )
@@ -118,12 +119,11 @@ def test_a_damaged_embedder_neither_goes_nor_comes(
 ):
     push(prepare(embedder, NAME), NAME)
     hub_server.repositories[NAME].commit({name: json.dumps(content).encode()})
-    with pytest.raises(InputError, match=message):
-        pull(NAME, tmp_path / "back")
-    assert not (tmp_path / "back").exists()
     (embedder / name).write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
-        prepare(embedder, NAME)
+    for act in (partial(pull, NAME, tmp_path / "back"), partial(prepare, embedder, NAME)):
+        with pytest.raises(InputError, match=message):
+            act()
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_revision_is_one_commit(repository, tmp_path):
@@ -141,10 +141,10 @@ def test_a_revision_is_one_commit(repository, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"adapter_model.safetensors": b"x" * 40}, r"adapter_model\.safetensors cannot be read"),
-        ({"adapter_config.json": b'{"peft_type": "NEW"}'}, "neither petl nor PEFT knows"),
-        ({"labels.json": b"[]"}, r"labels\.json cannot be used"),
-        ({"base_fingerprint.json": b"{"}, "is not JSON"),
+        ({"adapter_model.safetensors": b"x" * 40}, r"adapter_model\.safetensors"),
+        ({"adapter_config.json": b'{"peft_type": "NEW"}'}, "NEW"),
+        ({"labels.json": b"[]"}, r"labels\.json"),
+        ({"base_fingerprint.json": b"{"}, "base_fingerprint.*JSON"),
     ],
 )
 def test_a_damaged_repository_leaves_no_folder(repository, files, message, tmp_path):
@@ -158,33 +158,32 @@ def test_a_damaged_repository_leaves_no_folder(repository, files, message, tmp_p
 def test_a_pickle_is_not_downloaded(repository, hub_server, tmp_path):
     (files,) = [*repository.commits.values()][-1:]
     files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
+    with pytest.raises(InputError):
         pull(NAME, tmp_path / "out")
     assert not [each for each in hub_server.asked if each.endswith(".bin")]
 
 
 def test_each_error_of_the_hub_is_one_line(repository, hub_server, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="the Hub has no model 'ada/none', or it is private"):
-        pull("ada/none", out)
-    with pytest.raises(InputError, match="has no revision 'v9'"):
-        pull(NAME, out, "v9")
+
+    def refused(words, *place, error=InputError):
+        name, *revision = place or (NAME,)
+        with pytest.raises(error, match=words):
+            pull(name, out, *revision)
+
+    refused("'ada/none'", "ada/none")
+    refused("'v9'", NAME, "v9")
     hub_server.repositories["ada/empty"] = type(repository)()
     hub_server.repositories["ada/empty"].commit({"README.md": b"x"})
-    with pytest.raises(InputError, match="holds no adapter or model"):
-        pull("ada/empty", out)
+    refused("no adapter", "ada/empty")
     repository.gated = True
-    with pytest.raises(InputError, match=f"the model {NAME} is gated: request access at"):
-        pull(NAME, out)
+    refused(f"{NAME} is gated")
     repository.gated = False
     hub_server.fails = {"adapter_model": 500}
-    with pytest.raises(RunStopped, match=r"does not answer at .*500 Internal"):
-        pull(NAME, out)
+    refused("500 Internal", error=RunStopped)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(RunStopped, match="the Hub does not answer at"):
-        pull(NAME, out)
+    refused("127.0.0.1:1", error=RunStopped)
     assert not out.exists()
     out.mkdir()
     (out / "kept").touch()
-    with pytest.raises(InputError, match="is not an empty folder"):
-        pull(NAME, out)
+    refused(str(out))

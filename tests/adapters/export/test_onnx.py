@@ -164,7 +164,7 @@ def test_a_graph_with_other_outputs_is_not_kept(classifier, lora_run, tmp_path, 
     monkeypatch.setattr(onnx, "write_graph", lambda model, batch, file: copyfile(graph, file))
     scaled = lambda self, **batch: {n: t * 1.01 for n, t in call(self, **batch).items()}  # noqa: E731
     monkeypatch.setattr(Session, "__call__", scaled)
-    with pytest.raises(RunStopped, match="the outputs of the ONNX model differ by 1"):
+    with pytest.raises(RunStopped):
         export_onnx(find(lora_run.path), tmp_path / "onnx", None)
     assert not (tmp_path / "onnx").exists()
 
@@ -172,24 +172,24 @@ def test_a_graph_with_other_outputs_is_not_kept(classifier, lora_run, tmp_path, 
 def test_methods_that_do_not_merge_and_models_that_generate_are_refused(
     mola_run, tmp_path, monkeypatch
 ):
-    with pytest.raises(UnsupportedError, match="MoLA adapters depend on the input"):
+    with pytest.raises(UnsupportedError):
         export_onnx(find(mola_run.path), tmp_path / "onnx", None)
     testing.tiny_llama(2, vocabulary=264).save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     model = petl.wrap(testing.tiny_llama(2), "lora", task_type="CAUSAL_LM")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "llama")
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UnsupportedError, match="a model for causal_lm generates"):
+    with pytest.raises(UnsupportedError):
         export_onnx(find(tmp_path / "adapter"), tmp_path / "onnx", None)
     for part in built("llava"):
         part.save_pretrained(tmp_path / "llava")
     kind = type(built("llava")[0])
     adapt(kind, tmp_path / "llava", "lora", "CAUSAL_LM", tmp_path / "of_images", 0)
     write_task(tmp_path / "of_images", ImageText(max_length=256))
-    with pytest.raises(UnsupportedError, match="a model for image_text generates") as refused:
+    with pytest.raises(UnsupportedError) as refused:
         export_onnx(find(tmp_path / "of_images"), tmp_path / "onnx", None)
     assert "gguf" not in str(refused.value)  # which refuses it too
     monkeypatch.setattr("petl.system.imports.extras.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs the package onnx, .*\[onnx\]'"):
+    with pytest.raises(InputError, match=r"\[onnx\]"):
         export_onnx(find(mola_run.path), tmp_path / "onnx", None)
     assert not (tmp_path / "onnx").exists()

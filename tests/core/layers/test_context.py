@@ -1,7 +1,9 @@
 """Auxiliary losses that add their own gradient during the backward pass."""
 
+import pytest
 import torch
-from torch import nn
+from kept_processes import in_processes
+from torch import distributed, nn
 from torch._subclasses import FakeTensorMode
 
 from petl.core.layers.context import ForwardContext, add_gradient
@@ -140,3 +142,53 @@ def test_terms_of_layers_on_several_devices_are_added():
         total = context.total()
     assert total.device == torch.device("xla:0")
     assert output["loss"].device == torch.device("xla:1")
+
+
+class Weighted(nn.Module):
+    """A loss of 0, and a term whose weights follow from counts of all rows."""
+
+    def __init__(self, context: ForwardContext) -> None:
+        super().__init__()
+        self.context, self.weight = context, nn.Parameter(torch.tensor(3.0))
+        self.register_forward_pre_hook(context.begin, with_kwargs=True)
+        self.register_forward_hook(context.end, with_kwargs=True)
+
+    def forward(self, x):
+        values = self.weight**2 * x.sum(0)
+        term = self.context.weighted_term("layer", values, (x > 1).sum(0).float(), weigh)
+        return {"loss": add_gradient(self.weight * 0, term, self.context.scale)}
+
+
+def weigh(counts):
+    return counts / counts.sum()
+
+
+def gradient_of_one_process(rows, weights):
+    """The gradient of a process on its rows, and the value of the term that it records."""
+    rank = distributed.get_rank()
+    context = ForwardContext()
+    context.aux_weight = weights[rank]
+    model = Weighted(context).train()
+    model(rows[rank])["loss"].backward()
+    return float(model.weight.grad), float(context.total())
+
+
+@pytest.mark.parametrize("weights", [(0.6, 1.0), (0.5, 0.0)], ids=["unequal", "without rows"])
+def test_a_weighted_term_of_two_processes_is_that_of_all_rows(weights):
+    rows = [torch.tensor([[0.5, 2.0], [3.0, 4.0], [1.5, 0.0]]), torch.tensor([[5.0, 0.5]])]
+    # a process with weight 0 has a row that does not count
+    real = torch.cat([x for x, weight in zip(rows, weights, strict=True) if weight])
+    gates = weigh((real > 1).sum(0).float())
+    found = in_processes(2, gradient_of_one_process, rows, weights)
+    mean = sum(gradient for gradient, _ in found) / 2
+    expected = float((gates * real.sum(0)).sum())
+    assert mean == pytest.approx(sum(weights) / 2 * 2 * 3 * expected)
+    assert [value for _, value in found] == pytest.approx([9 * expected] * 2)
+
+
+def test_after_some_rows_a_layer_has_all_of_them_again():
+    context, mask = ForwardContext(), torch.tensor([[1, 1], [1, 0], [0, 1]])
+    context.keep_mask(nn.Identity(), (), {"attention_mask": mask})
+    with context.only_rows([2, 0], 3):
+        assert torch.equal(context.token_mask(torch.ones(2, 2, 4)), mask[[2, 0]])
+    assert torch.equal(context.token_mask(torch.ones(3, 2, 4)), mask)

@@ -245,9 +245,9 @@ def test_an_adapter_with_its_own_forward_or_dropout_is_called():
 def test_a_mixed_batch_on_a_merged_layer_is_refused():
     layer = host(nn.Linear(6, 5), "a")
     layer.merge()
-    with pytest.raises(petl.InputError, match="merged; unmerge first"):
+    with pytest.raises(petl.InputError):
         layer(torch.randn(1, 6), adapter_names=["a"])
-    with pytest.raises(petl.InputError, match="2 entries for a batch of 1 rows"):
+    with pytest.raises(petl.InputError, match="2 entries"):
         layer(torch.randn(1, 6), adapter_names=["a", "a"])
 
 
@@ -256,10 +256,9 @@ def test_an_adapter_without_factors_or_forward_is_an_error():
         pass
 
     adapter = Empty(LayerShape(6, 5), None, LayerInfo("fc", "a", ForwardContext()))
-    with pytest.raises(NotImplementedError, match="Empty has neither factors nor a forward"):
-        adapter(torch.randn(1, 6), torch.randn(1, 5))
-    with pytest.raises(NotImplementedError, match="Empty has neither factors nor a delta"):
-        adapter.delta()
+    for call in (lambda: adapter(torch.randn(1, 6), torch.randn(1, 5)), adapter.delta):
+        with pytest.raises(NotImplementedError, match="Empty"):
+            call()
 
 
 def test_submodules_of_a_layer_are_its_base_and_one_container():

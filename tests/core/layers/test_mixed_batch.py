@@ -224,3 +224,24 @@ def test_rows_in_order_are_not_copied():
 def test_group_size_has_the_lowest_cost(counts, tokens, size):
     rows_of = {str(i): [0] * count for i, count in enumerate(counts)}
     assert group_size(rows_of, tokens) == size
+
+
+@pytest.mark.parametrize("method", ["mos", "mola", "adapter"])
+def test_rows_of_a_batch_give_gradients_to_their_adapters(method):
+    case, model = two(method)
+    model.set_requires_grad(["one", "two"], True)
+    ids = case.batch()["input_ids"][:4]
+    for _ in range(2):  # the second call has what the first one has left
+        model.zero_grad()
+        model(input_ids=ids, adapter_names=NAMES).logits.square().sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert all(any(f".{name}." in f"{key}." for key in trained) for name in ("one", "two"))
+    mixed = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    model.zero_grad()
+    for row, name in enumerate(NAMES):  # each row by itself
+        if name != "__base__":
+            model.set_adapter(name)
+            model.set_requires_grad(["one", "two"], True)
+            model(input_ids=ids[row : row + 1]).logits.square().sum().backward()
+    for name, expected in mixed.items():
+        torch.testing.assert_close(trained[name].grad, expected, atol=1e-4, rtol=1e-4)

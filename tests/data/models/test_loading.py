@@ -59,6 +59,10 @@ THREE = Classification(classes=["a", "b", "c"], max_length=32)
 TEXT = CausalLM(max_length=32)
 
 
+def two_of(length):
+    return Classification(classes=["a", "b"], max_length=length)
+
+
 def saved(model, folder, **tokenizer):
     """Save a model and the byte tokenizer to a folder; returns the settings of `model`."""
     model.save_pretrained(folder)
@@ -210,16 +214,8 @@ def test_of_a_pretrained_head_for_as_many_other_labels_the_scoring_layer_is_new(
 def test_a_folder_without_the_models_processor_is_refused(tmp_path):
     WhisperForConditionalGeneration(WhisperConfig(**TINY_WHISPER)).save_pretrained(tmp_path)
     settings = {"name": "tiny", "source": "path", "path": str(tmp_path)}
-    with pytest.raises(InputError, match=r"preprocessor_config\.json: save the model's"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json"):
         load_processor(settings, SOUNDS)
-
-
-def test_a_head_with_parameters_outside_of_modules_is_refused(tmp_path):
-    config = WhisperConfig(**TINY_WHISPER, use_weighted_layer_sum=True)
-    config.save_pretrained(tmp_path)
-    settings = {"name": "tiny", "source": "config", "path": str(tmp_path)}
-    with pytest.raises(InputError, match="set use_weighted_layer_sum to false"):
-        load_base(settings, SOUNDS)
 
 
 def test_random_weights_depend_on_the_seed_alone(tmp_path):
@@ -247,16 +243,32 @@ def test_outermost_modules_contain_only_the_keys():
 
 def test_weights_of_another_model_are_refused(tmp_path):
     body = saved(LlamaModel(LlamaConfig(**TINY, tie_word_embeddings=False)), tmp_path)
-    with pytest.raises(InputError, match=r"do not match LlamaForCausalLM: 1 tensors .* lm_head"):
-        load_base(body, TEXT)
-    BertConfig(**TINY).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="do not match BertForSequenceClassification"):
-        load_base(body, THREE)
+    for task, name in ((TEXT, "LlamaForCausalLM: 1 tensors .*lm_head"), (THREE, "BertFor")):
+        with pytest.raises(InputError, match=name):
+            load_base(body, task)
+        BertConfig(**TINY).save_pretrained(tmp_path)
 
 
-def test_an_encoder_is_refused_for_causal_lm(encoder):
-    with pytest.raises(InputError, match=r"tiny is an encoder \(bert\), .* model=smollm2"):
-        load_base(encoder, TEXT, meta=True)
+@pytest.mark.parametrize(
+    ("make", "task", "words"),
+    [
+        (lambda: BertForMaskedLM(BertConfig(**TINY)), TEXT, r"bert.*model=smollm2"),
+        (lambda: T5ForConditionalGeneration(T5Config(**TINY_T5)), TEXT, "t5.*causal_lm"),
+        (lambda: BertForMaskedLM(BertConfig(**TINY)), two_of(65), "max_length=65 .* 64"),
+        # RoBERTa numbers positions from after the padding entry, here 1
+        (lambda: RobertaModel(RobertaConfig(**TINY, pad_token_id=1)), two_of(63), "=63 .* 62"),
+        (lambda: LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": 100})), TEXT, "260.* 100"),
+    ],
+)
+def test_a_model_that_does_not_serve_the_task_is_refused(make, task, words, tmp_path):
+    settings = saved(make(), tmp_path, pad_token="<unk>")
+    with pytest.raises(InputError, match=words):
+        load_base(settings, task)
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
+    with pytest.raises(InputError):
+        load_tokenizer(saved(LlamaForCausalLM(LlamaConfig(**TINY)), tmp_path, eos_token=None))
 
 
 def test_a_model_for_images_is_told_the_task_that_trains_it_on_text(tmp_path):
@@ -264,57 +276,30 @@ def test_a_model_for_images_is_told_the_task_that_trains_it_on_text(tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     settings = {"source": "path", "name": "path", "path": str(tmp_path)}
-    with pytest.raises(InputError, match=r"data\.task=image_text"):
-        load_base(settings, CausalLM())
-    with pytest.raises(InputError, match="another model"):
-        load_base(settings, Classification(["a", "b"]))
+    for task, words in ((CausalLM(), "data.task=image_text"), (two_of(9), "classification")):
+        with pytest.raises(InputError, match=words):
+            load_base(settings, task)
 
 
-def test_an_encoder_decoder_is_refused_for_plain_causal_lm(tmp_path):
+def test_other_tasks_of_these_models_are_served(tmp_path):
     settings = saved(T5ForConditionalGeneration(T5Config(**TINY_T5)), tmp_path, pad_token="<unk>")
-    with pytest.raises(InputError, match=r"tiny \(t5\) does not support the task causal_lm"):
-        load_base(settings, TEXT)
     assert new_modules(load_base(settings, THREE)) == ["classification_head"]
-
-
-def test_rows_longer_than_the_positions_are_refused(encoder, tmp_path):
-    with pytest.raises(InputError, match="max_length=65 is more than the 64 positions of model"):
-        load_base(encoder, Classification(classes=["a", "b"], max_length=65))
-    # RoBERTa numbers positions from after the padding entry, here 1
     config = RobertaConfig(**TINY, pad_token_id=1)
-    settings = saved(RobertaModel(config), tmp_path / "roberta", pad_token="<s>")
-    load_base(settings, Classification(classes=["a", "b"], max_length=62))
-    with pytest.raises(InputError, match="max_length=63 is more than the 62 positions"):
-        load_base(settings, Classification(classes=["a", "b"], max_length=63))
-
-
-def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
-    config = LlamaConfig(**{**TINY, "vocab_size": 100})
-    settings = saved(LlamaForCausalLM(config), tmp_path)
-    with pytest.raises(InputError, match="has 260 tokens, but its embedding has 100"):
-        load_base(settings, TEXT)
-
-
-def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
-    settings = saved(LlamaForCausalLM(LlamaConfig(**TINY)), tmp_path, eos_token=None)
-    with pytest.raises(InputError, match="neither a padding nor an end token"):
-        load_tokenizer(settings)
+    load_base(saved(RobertaModel(config), tmp_path / "roberta", pad_token="<s>"), two_of(62))
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", None, "has no tokenizer: save the model's tokenizer"),
-        (
-            "model.safetensors",
-            None,
-            "tiny has no model.safetensors, and petl reads no other format",
-        ),
-        ("model.safetensors", 1000, "tiny cannot be loaded: .*incomplete metadata"),
-        ("config.json", 10, "tiny cannot be loaded: .*not a valid JSON"),
+        ("tokenizer.json", None, "tokenizer"),
+        ("model.safetensors", None, "tiny has no model.safetensors"),
+        ("model.safetensors", 1000, "tiny .*incomplete metadata"),
+        ("config.json", 10, "tiny .*JSON"),
     ],
 )
 def test_an_incomplete_folder_is_refused(decoder, tmp_path, file, content, message):
+    with pytest.raises(InputError):
+        load_base({**decoder, "attn": "nonsense"}, TEXT)
     (tmp_path / "tokenizer_config.json").unlink()
     if content is None:
         (tmp_path / file).unlink()
@@ -324,19 +309,12 @@ def test_an_incomplete_folder_is_refused(decoder, tmp_path, file, content, messa
         load_base(decoder, TEXT)
 
 
-def test_an_unknown_attention_implementation_is_refused(decoder):
-    with pytest.raises(InputError, match=r'model tiny cannot be loaded: .*"nonsense"'):
-        load_base({**decoder, "attn": "nonsense"}, TEXT)
-
-
 def test_code_of_a_model_runs_only_if_allowed(decoder, tmp_path):
     config = (tmp_path / "config.json").read_text()
     own = '{"auto_map": {"AutoConfig": "own.Own"}, ' + config.replace("llama", "own").strip()[1:]
     (tmp_path / "config.json").write_text(own)
     (tmp_path / "own.py").write_text("raise AssertionError('was run')")
-    with pytest.raises(
-        InputError, match="needs code from its own repository: read that code, then set"
-    ):
+    with pytest.raises(InputError):
         load_base(decoder, TEXT)
 
 
@@ -354,7 +332,7 @@ def test_a_hub_model_is_found_in_the_cache_when_offline(decoder, tmp_path, monke
     settings = {"name": "someone/tiny", "source": "hub"}
     assert type(load_base(settings, TEXT)) is LlamaForCausalLM
     assert load_tokenizer(settings).pad_token == "<|im_end|>"
-    with pytest.raises(InputError, match="model someone/other is not in the local cache"):
+    with pytest.raises(InputError, match="someone/other"):
         load_base({**settings, "name": "someone/other"}, TEXT)
 
 
@@ -371,7 +349,7 @@ def test_smollm2_needs_a_writable_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PETL_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(smollm2, "source", lambda: tmp_path)
     monkeypatch.setattr(smollm2.Package, "file", lambda *_, **__: tmp_path)
-    with pytest.raises(InputError, match=r"set PETL_CACHE to a folder with 600 MB of free space"):
+    with pytest.raises(InputError, match="PETL_CACHE"):
         smollm2.folder()
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from petl.data.tasks import base
 from petl.data.tasks.base import IGNORED
-from petl.data.tasks.causal_lm import CausalLM
+from petl.data.tasks.causal_lm import CausalLM, has_targets
 from petl.errors import InputError
 
 
@@ -116,6 +116,11 @@ def test_chat_without_any_answer_is_refused(tokenizer):
     task = CausalLM(max_length=8, chat=True)
     with pytest.raises(
         InputError,
-        match=r"none of the 1 rows can be used: no assistant .* max_length=8 tokens",
+        match="max_length=8",
     ):
         task.encode(tokenizer, Dataset.from_dict({"messages": [chat("question", "answer")]}))
+
+
+def test_a_row_with_a_label_at_its_first_token_alone_has_nothing_to_predict():
+    assert not has_targets([5, IGNORED, IGNORED])
+    assert has_targets([IGNORED, IGNORED, 5])

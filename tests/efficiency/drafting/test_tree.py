@@ -13,6 +13,7 @@ from petl.efficiency.drafting.tree import (
     children,
     depths,
     first_chain,
+    fitted,
     is_chain,
     selected,
 )
@@ -131,3 +132,12 @@ def test_the_best_tree_has_the_most_tokens_per_second():
     assert best([[0.3]], Costs({1: 1.0, 2: 1.2})) == [(0,)]
     assert best([[0.3]], Costs({1: 1.0, 2: 1.2}), drafting=0.2) == []
     assert len(best([[0.9]] * 9, Costs({1: 1.0, 64: 1.0}), most=4)) == 4
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_drafts_are_as_deep_as_they_may_be(depth):
+    tree = (torch.tensor(TOKENS), torch.tensor(PARENTS))
+    tokens, parents = fitted(tree, VOCABULARY, budget=None, depth=depth, chains_only=False)
+    kept = [i for i, d in enumerate(depths(PARENTS)[-len(TOKENS) :]) if d <= depth]
+    assert tokens == [TOKENS[i] for i in kept]
+    assert max(depths(parents)) == depth

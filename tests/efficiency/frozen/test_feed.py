@@ -15,7 +15,7 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", *("encoder_l
 K = 2  # of 4 blocks
 # what such a model does in training, or what its blocks hand on
 REFUSED = {
-    "t5": "hand on more than hidden states",
+    "t5": "hidden states",
     "wav2vec2": "layerdrop=0.1",
     "wav2vec2_stable": "layerdrop=0.1",
 }

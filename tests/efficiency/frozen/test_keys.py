@@ -73,3 +73,8 @@ def test_what_the_blocks_read_besides_rows_leaves_them_without_keys():
     assert rows_of({}).reason
     harmless = {"return_dict": True, "use_cache": False, "num_items_in_batch": torch.tensor(3)}
     assert rows_of({"input_ids": IDS, **harmless}).keys == keys(input_ids=IDS)
+
+
+def test_tokens_that_differ_by_a_multiple_of_256_make_other_rows():
+    rows = torch.tensor([[5, 6], [5 + 256, 6], [5, 6 + 65536], [5 + 2**32, 6]])
+    assert len({*keys(input_ids=rows)}) == 4

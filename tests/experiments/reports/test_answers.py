@@ -132,23 +132,23 @@ def test_examples_that_one_run_has_dropped_are_counted(compared):
 
 def test_runs_on_different_examples_are_refused(compared, tmp_path):
     lines = labeled("good", "good")
-    other = [lines[0], {**lines[1], "text": "another"}]
-    with pytest.raises(InputError, match="different examples: text of row 1 is not the same"):
-        compared(lines, other)
-    with pytest.raises(InputError, match="different examples: label of row 0"):
-        compared(lines, labeled("good", "good", label="bad"))
-    with pytest.raises(InputError, match=r"cannot be used: row 0 is after row 1"):
-        compared(lines, lines[::-1])
+    for one, other, words in (
+        (lines, [lines[0], {**lines[1], "text": "another"}], "text of row 1"),
+        (lines, labeled("good", "good", label="bad"), "label of row 0"),
+        (lines, lines[::-1], "row 0 is after row 1"),
+        ([{"text": "no row"}], lines, r"predictions\.jsonl, line 1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            compared(one, other)
+    (tmp_path / "a" / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "a" / "eval-test").mkdir()
     (tmp_path / "a" / "predictions.jsonl").rename(
         tmp_path / "a" / "eval-test" / "predictions.jsonl"
     )
     (tmp_path / "b" / "predictions.jsonl").unlink()
     assert sum(1 for _ in lines_of(tmp_path / "a")) == 2  # of `petl eval`
-    with pytest.raises(InputError, match=r"b has no predictions\.jsonl: `petl eval .*b`"):
+    with pytest.raises(InputError, match=str(tmp_path / "b")):
         compare_answers(tmp_path / "a", tmp_path / "b", 5)
-    with pytest.raises(InputError, match=r"predictions\.jsonl, line 1, cannot be used"):
-        compared([{"text": "no row"}], lines)
 
 
 # The command

@@ -104,7 +104,7 @@ def test_runs_without_test_scores_are_counted_where_others_have_them(study):
 def test_a_run_whose_scores_are_not_finite_is_refused(tmp_path):
     after = {"accuracy": 0.5, "loss": float("nan"), "rows": 9.0}
     write_run(tmp_path / "a", 0.5, "+method=lora", after=after)
-    with pytest.raises(InputError, match=r"scores\.json has loss nan, which is no score"):
+    with pytest.raises(InputError, match="loss nan"):
         comparison.compare([tmp_path])
 
 

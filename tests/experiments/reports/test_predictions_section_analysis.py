@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from petl.errors import InputError
 from petl.experiments.reports.predictions_section import BINS, TYPICAL, WORST, analyze
 
 CLASSES = ["a", "b", "c"]
@@ -87,13 +86,3 @@ def test_each_task_has_its_worst_example(tmp_path, good, bad):
     found = analyze(written(tmp_path, rows))
     assert [row["row"] for row in found.worst] == [1, 0]
     assert found.rows == 3
-
-
-@pytest.mark.parametrize(
-    "line", ["[]", '{"row": "x"}', '{"row": 0, "loss": "high"}', "{", '{"row": 0, "label": {}}']
-)
-def test_a_damaged_line_is_named(tmp_path, line):
-    file = tmp_path / "predictions.jsonl"
-    file.write_text(f'{{"row": 0}}\n{line}\n')
-    with pytest.raises(InputError, match=r"predictions\.jsonl, line 2, cannot be used: "):
-        analyze(file)

@@ -60,6 +60,35 @@ def test_each_metric_of_the_log_has_a_chart(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "line", "title"),
+    [
+        (["+method=pst"], "pruned_share", "Changes of the mask"),
+        (["+method=binary", "method.inner=mola"], "expert_load_max", "Busiest expert"),
+        (["+method=lora", "+loss=density"], "density_loss", "Density loss"),
+        (["+method=lora", "data.order=by_class"], "stage_accuracy", "Accuracy after each stage"),
+        (["+method=lora"], "total_rank", "Total rank"),  # as its name reads
+        (["+method=lora"], "retained_drift", None),  # another part of the page has it
+    ],
+)
+def test_what_a_part_of_a_run_logs_is_drawn_as_it_says(tmp_path, words, line, title):
+    run = write_run(tmp_path / "run", 0.592, *words, **SCORES)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.5, line: 0.5}))
+    drawn = titles(write_page(run).read_text())
+    assert ([] if title is None else [f"{title}: {line}"]) == [t for t in drawn if line in t]
+
+
+@pytest.mark.parametrize(
+    ("task", "unit"),
+    [("causal_lm", "nats per token"), ("multi_label", "nats per class"), ("regression", None)],
+)
+def test_the_axis_of_the_loss_has_the_unit_of_the_task(tmp_path, task, unit):
+    run = write_run(tmp_path / "run", 0.592, "+method=lora", **SCORES | {"task": task})
+    (run / "metrics.jsonl").write_text(json.dumps(LOG[0]))
+    page = write_page(run).read_text()
+    assert re.findall(r"training loss \((.*?)\)", page) == ([] if unit is None else [unit])
+
+
 def test_the_page_needs_no_other_file(folder):
     (folder / "ranks.png").write_bytes(b"\x89PNG picture")
     page = write_page(folder).read_text()
@@ -88,10 +117,10 @@ def test_the_page_shows_what_the_method_did_once(folder):
     assert "data:image/png" not in page
     heat_map["cells"] = [[25.0]]
     (folder / "heat_maps.json").write_text(json.dumps([heat_map]))
-    with pytest.raises(InputError, match=r"heat_maps.json cannot be used: \[0\].cells has not"):
+    with pytest.raises(InputError, match=r"heat_maps\.json.*\[0\]\.cells"):
         write_page(folder)
     (folder / "heat_maps.json").write_text(json.dumps([{**heat_map, "cells": [["<b>"]]}]))
-    with pytest.raises(InputError, match="not a"):
+    with pytest.raises(InputError):
         write_page(folder)
 
 

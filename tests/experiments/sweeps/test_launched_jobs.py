@@ -65,7 +65,7 @@ def test_a_job_has_a_log_of_its_own_and_its_error_is_one_line(tmp_path, monkeypa
     assert record["overrides"] == words
     assert record["id"].startswith("4711_3 on ")
     assert record["result"] == "failed: ZeroDivisionError('a bug')"
-    with pytest.raises(RunStopped, match="job 3 failed, see above"):
+    with pytest.raises(RunStopped):
         _ = job_return.return_value
 
 

@@ -140,7 +140,7 @@ def test_failed_runs_are_named_and_the_others_trained(tiny, tmp_path, faked, mon
 
     monkeypatch.setattr(Study, "_train", fail)
     found = small(tiny, tmp_path, contenders=[Contender("lora")], rates=[1e-3])
-    with pytest.raises(RunStopped, match=r"lora: 1 run failed, see .*seed-0\.log: no room"):
+    with pytest.raises(RunStopped, match=r"seed-0\.log: no room"):
         found.run()
     assert faked == ["runs/lora/seed-1"]
 
@@ -296,13 +296,12 @@ def test_a_study_in_the_folder_of_another_process_is_refused(tiny, tmp_path, cap
 
 def test_bad_settings_stop_a_study_before_any_run(tiny, tmp_path, made):
     for words, message in (
-        ("mloa", "no method 'mloa'"),
-        ("lora method.rank=2", "no setting method.rank"),
+        ("mloa", "'mloa'"),
+        ("lora method.rank=2", "method.rank"),
+        ("lora", "lora is .* 2 times"),
     ):
         with pytest.raises(InputError, match=message):
             small(tiny, tmp_path, contenders=[Contender("lora"), Contender(words)]).run()
-    with pytest.raises(InputError, match="lora is in the study 2 times"):
-        small(tiny, tmp_path, contenders=[Contender("lora"), Contender("lora")]).run()
     assert made == []
 
 
@@ -461,7 +460,7 @@ def test_a_folder_of_another_study_is_refused(tiny, tmp_path, faked):
     one = {"contenders": [Contender("lora")], "rates": [1e-3], "seeds": [0]}
     small(tiny, tmp_path, **one).run()
     other = small(tiny, tmp_path, **one, overrides=[*tiny.steady, "train.batch_size=4"])
-    with pytest.raises(InputError, match=r"another study \(train\.batch_size=8 there, 4 here"):
+    with pytest.raises(InputError, match=r"train\.batch_size=8 there, 4 here"):
         other.run()
 
 

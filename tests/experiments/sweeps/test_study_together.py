@@ -85,10 +85,3 @@ def test_a_run_that_fails_ends_no_other_and_is_made_again_alone(tiny, tmp_path, 
     runs = [json.loads(given)["runs"] for _, given in started]
     assert [len(each) for each in runs] == [2, 1]
     assert runs[1][0]["log"] == str(in_the_way.with_suffix(".log"))
-
-
-@pytest.mark.parametrize("number", ["0", "a", "1.5"])
-def test_a_number_of_runs_is_an_integer_from_1(tmp_path, capsys, number):
-    with pytest.raises(SystemExit, match="2"):
-        main(["study", str(tmp_path), "--methods", "lora", "--together", number])
-    assert f"'{number}' is not an integer from 1" in capsys.readouterr().err

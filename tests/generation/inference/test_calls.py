@@ -34,9 +34,9 @@ def test_a_template_shows_the_form_of_its_calls():
 
 
 def test_a_template_without_calls_or_with_others_is_refused():
-    with pytest.raises(UnsupportedError, match="does not write calls of functions as JSON"):
+    with pytest.raises(UnsupportedError):
         call_form(tool_tokenizer(XML), [3])
-    with pytest.raises(InputError, match="does not write calls"):
+    with pytest.raises(InputError):
         call_form(tool_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"), [3])
 
 

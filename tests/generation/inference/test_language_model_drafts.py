@@ -5,7 +5,7 @@ import torch
 from writer_fixtures import PROMPTS
 
 from petl.efficiency.drafting import Costs, Stats, drafter
-from petl.errors import InputError, UnsupportedError
+from petl.errors import InputError
 from petl.generation.inference.loading import load_language_model
 from petl.generation.inference.sampling import Sampling
 from petl.system.files.disk import remove
@@ -60,12 +60,13 @@ def test_batches_and_prompt_lookup_are_decoded_without_drafts(writers):
 
 
 def test_a_drafter_that_cannot_be_used_is_refused(writers, tmp_path):
-    with pytest.raises(UnsupportedError, match="LlamaForCausalLM is a decoder: use lookup"):
-        _ = load_language_model(writers.folder / "lora", drafting="aggressive").drafter
-    with pytest.raises(InputError, match="give the folder of a drafter"):
-        _ = load_language_model(writers.folder / "lora", drafting=str(tmp_path)).drafter
-    with pytest.raises(InputError, match=r"'fre' is neither .*; did you mean 'free'"):
-        _ = load_language_model(writers.folder / "lora", drafting="fre").drafter
+    for drafting, words in (
+        ("aggressive", "LlamaForCausalLM .*lookup"),
+        (str(tmp_path), str(tmp_path)),
+        ("fre", "'fre' .*'free'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            _ = load_language_model(writers.folder / "lora", drafting=drafting).drafter
 
 
 def test_a_saved_drafter_is_taken_from_its_folder_and_from_that_of_the_run(writers, tmp_path):

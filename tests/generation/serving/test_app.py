@@ -214,15 +214,15 @@ def test_probabilities_of_the_likeliest_tokens_are_reported(client):
 
 
 def test_errors_are_those_of_the_client(client, server):
-    with pytest.raises(openai.NotFoundError, match="did you mean 'lora'"):
+    with pytest.raises(openai.NotFoundError, match="'lora'"):
         client.chat.completions.create(model="lor", messages=HI)
-    with pytest.raises(openai.BadRequestError, match="temperature=-1") as caught:
+    with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="lora", messages=HI, temperature=-1)
     assert caught.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="lora", prompt="x" * 300)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="max_tokens=201 is more than"):
+    with pytest.raises(openai.BadRequestError, match="max_tokens=201"):
         client.chat.completions.create(model="lora", messages=HI, max_tokens=201)
     assert httpx.get(server.url.replace("/v1", "/health")).json()["status"] == "ok"
 
@@ -258,7 +258,7 @@ def test_a_signal_ends_answers_and_the_server(writers, tmp_path, sent):
             next(iter(stream))
             interrupting = threading.Thread(target=server.interrupt, args=(sent,))
             interrupting.start()
-            with pytest.raises(openai.APIError, match="stopping"):
+            with pytest.raises(openai.APIError):
                 for _ in stream:
                     pass
             interrupting.join()

@@ -163,5 +163,5 @@ def test_a_model_of_texts_refuses_images(writers, tmp_path):
         assert reply.status_code == 400
         assert "texts alone" in reply.json()["error"]["message"]
     save_picture(tmp_path / "a.png", "red")
-    with pytest.raises(InputError, match="texts alone"):
+    with pytest.raises(InputError):
         pictured(served["lora"].language, [message("user", "?", 1)], [data_url("red")])

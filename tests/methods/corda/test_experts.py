@@ -191,7 +191,7 @@ def test_less_memory_for_covariances_changes_nothing(bound, tmp_path):
 
 def test_a_budget_of_ranks_is_for_linear_layers():
     budget = {"corda_method": "kpm", "rank_budget": 1000}
-    with pytest.raises(UnsupportedError, match="rank_budget"):
+    with pytest.raises(UnsupportedError):
         wrap("qwen3_moe", **budget)
     assert not list(stacks(wrap("qwen3_moe", target_modules="block-linear", **budget)))
 

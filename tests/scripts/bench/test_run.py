@@ -193,7 +193,7 @@ def test_a_model_of_the_configurations_can_be_a_shape():
     small = Bench(replace(shape, layers=1, rows=1, length=4))
     assert small.base.config.num_hidden_layers == 1
     assert float(small.step(small.twin().requires_grad_(True))()) > 0
-    with pytest.raises(petl.InputError, match="does not read text"):
+    with pytest.raises(petl.InputError):
         shapes.hydra_shape("vit_random")
 
 

@@ -12,7 +12,7 @@ IMPOSSIBLE = ["", "a" * 5000, f"{'a/' * 3000}b", "a\0b", "a\ud800"]
 
 @pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: ascii(text)[:12])
 def test_a_path_that_no_file_can_have_is_refused(text):
-    with pytest.raises(InputError, match=r"data\.train=.* is not a path: ") as refused:
+    with pytest.raises(InputError, match=r"data\.train=") as refused:
         path_of("data.train", text)
     assert len(str(refused.value)) < 600
 

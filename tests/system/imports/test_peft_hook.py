@@ -75,9 +75,9 @@ def test_type_checkers_see_lazily_imported_names():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="'petl' has no attribute 'warp'"):
+    with pytest.raises(AttributeError, match="'warp'"):
         petl.warp  # noqa: B018
-    with pytest.raises(ImportError, match="warp"):
+    with pytest.raises(ImportError):
         exec("from petl import warp")
 
 

@@ -63,7 +63,7 @@ def test_a_broken_plugin_is_one_warning_and_the_others_load(site, caplog):
 def test_an_unknown_method_is_explained_by_its_broken_plugin(site):
     write(site, "guest_bad", "raise RuntimeError('unfit')")
     load_plugins()
-    with pytest.raises(InputError, match=r"no method 'guest_bad'; .* RuntimeError: unfit"):
+    with pytest.raises(InputError, match=r"'guest_bad'.*unfit"):
         petl.method("guest_bad")
 
 
@@ -104,22 +104,23 @@ def test_imports_are_imported(site):
 
 
 def test_a_module_that_is_not_found_is_an_error_with_the_folders(site):
-    with pytest.raises(InputError, match="no module 'guest_none'") as raised:
+    with pytest.raises(InputError) as raised:
         import_modules(["guest_none"])
-    assert str(site) in str(raised.value)
-    assert "PYTHONPATH=" in str(raised.value)
+    words = ("'guest_none'", str(site), "PYTHONPATH=")
+    assert all(word in str(raised.value) for word in words)
 
 
-def test_a_module_that_fails_is_an_error_with_the_line(site):
-    (site / "guest_fails.py").write_text("x = 1\ny = x / 0\n")
-    with pytest.raises(InputError, match=r"ZeroDivisionError: .*guest_fails\.py, line 2"):
-        import_modules(["guest_fails"])
-
-
-def test_a_package_that_a_module_lacks_is_not_taken_for_the_module(site):
-    (site / "guest_lacks.py").write_text("import no_such_package\n")
-    with pytest.raises(InputError, match="'guest_lacks' cannot be imported: ModuleNotFoundError"):
-        import_modules(["guest_lacks"])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("x = 1\ny = x / 0\n", r"ZeroDivisionError: .*guest\.py, line 2"),
+        ("import no_such_package\n", "'guest' .*ModuleNotFoundError"),
+    ],
+)
+def test_a_module_that_fails_is_an_error_with_the_line_or_the_package(site, code, words):
+    (site / "guest.py").write_text(code)
+    with pytest.raises(InputError, match=words):
+        import_modules(["guest"])
 
 
 def test_modules_of_a_saved_run_are_trusted_if_something_else_imports_them(site):

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from petl.core.support import Capability
 from petl.errors import InputError
 from petl.training.compose import compose
 from petl.training.distributed import precision
 from petl.training.distributed import trial as bf16_trial
 from petl.training.distributed.launch import start
 from petl.training.distributed.precision import bf16_units, described, device_of_run
+from petl.training.linear_probe import LinearProbe
 from petl.training.runs.config import RunConfig
 from petl.training.runs.run_config import read_config
 
@@ -161,6 +163,43 @@ def test_what_accelerate_launch_was_told_counts(trial, monkeypatch):
     assert not tried
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["+loss=density"], "no"),
+        (["+loss=density", "loss.eps=1e-5"], "bf16"),  # float32 is not needed
+        (["+loss=density", "loss.weight=0"], "bf16"),
+        (["+loss=density", "train.precision=bf16"], "bf16"),  # as it was asked for
+        (["+loss=density", "model.dtype=bfloat16"], "bf16"),
+    ],
+)
+def test_auto_is_float32_where_the_loss_needs_it(trial, words, expected):
+    tried = trial(has_bf16=True, fraction=0.6)
+    run = run_of(*words)
+    assert run.precision == expected
+    assert run.with_train(lr=0.5).precision == expected
+    if expected == "no":
+        assert not tried
+        assert "eps=1e-07" in described("no", run.model, run.float32)
+
+
+def test_any_feature_can_need_float32(trial, monkeypatch):
+    trial(has_bf16=True, fraction=0.6)
+    assert run_of("train.linear_probe=true").precision == "bf16"
+    monkeypatch.setattr(LinearProbe, "lacks", {Capability.BF16: "it counts small shares"})
+    run = run_of("train.linear_probe=true")
+    assert run.precision == "no"
+    assert "it counts small shares" in described("no", run.model, run.float32)
+
+
+def test_what_accelerate_launch_was_told_counts_with_a_loss_for_float32(trial, monkeypatch):
+    trial(has_bf16=True, fraction=0.6)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = run_of("+loss=density")
+    assert run.precision == "bf16"
+    assert "is set to bf16" in described("bf16", run.model, run.float32)
+
+
 @pytest.mark.thorough
 def test_a_trial_leaves_the_random_state_and_measures_a_time():
     before = torch.get_rng_state()
@@ -213,6 +252,6 @@ def test_accelerates_switch_to_the_cpu_counts(monkeypatch):
 
 def test_a_device_without_bfloat16_is_refused(monkeypatch):
     monkeypatch.setattr(precision, "is_bf16_available", lambda **_: False)
-    with pytest.raises(InputError, match="precision=bf16 is not possible on"):
+    with pytest.raises(InputError):
         start(0, "bf16")
     assert start(0, "no").mixed_precision == "no"

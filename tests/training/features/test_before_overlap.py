@@ -26,7 +26,7 @@ def leaking(tiny, tmp_path):
 def test_a_test_set_of_training_rows_is_refused_before_the_model_is_loaded(
     leaking, tmp_path, capsys
 ):
-    with pytest.raises(ValueError, match="10 of 10 test rows occur in training, 4 of them but for"):
+    with pytest.raises(ValueError, match=r"10 of 10 .*4"):
         train(leaking, tmp_path / "run")
     assert not (tmp_path / "run/adapter").exists()
 

@@ -140,11 +140,7 @@ def test_other_tasks_with_classes_have_weights(families, tmp_path, task):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["train.class_weights={nonsense: 2}"], "'nonsense', which is no class"),
-        (["train.class_weights={a: -1}"], "class_weights"),
-        (["train.class_weights=sometimes"], "balanced"),
-        (["data.sampling=balanced", "data.order=by_class"], "give one of them"),
-        (["data.sampling=balanced", "train.buckets=3"], "it repeats rows"),
+        (["train.class_weights={nonsense: 2}"], "'nonsense'"),
         (["data.sampling=balanced", "data.streaming=true", "train.steps=2"], "data.streaming"),
     ],
 )  # fmt: skip

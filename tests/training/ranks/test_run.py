@@ -95,10 +95,10 @@ def test_a_plan_says_that_ranks_come_from_data_and_shows_the_mean(tiny):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["+method=lora", "ranks.least=9"], "least=9 is above 8, the mean"),
-        (["+method=lora", "ranks.most=7"], "most=7 is below 8, the mean"),
-        (["+method=sparse"], "method.r=null has no mean"),
-        (["+method=lora", "method.target_modules=[pooler.dense]"], "no target .* is in a block"),
+        (["+method=lora", "ranks.least=9"], "least=9 .*8"),
+        (["+method=lora", "ranks.most=7"], "most=7 .*8"),
+        (["+method=sparse"], "method.r=null"),
+        (["+method=lora", "method.target_modules=[pooler.dense]"], "target"),
     ],
 )
 def test_what_has_no_ranks_stops_before_weights_are_loaded(words, message, tiny):

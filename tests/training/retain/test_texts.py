@@ -156,9 +156,9 @@ def test_a_run_is_not_measured_on_texts_that_it_replayed(tmp_path):
     file.write_text("".join(f"{json.dumps({'text': text.upper()})}\n" for text in every[3:7]))
     others = {"retain": {**own, "mix_data": str(file)}}
     assert texts_for(["bundled"], CausalLM(), others) == every[:3] + every[7:]
-    with pytest.raises(InputError, match="all 4 texts were"):
+    with pytest.raises(InputError):
         texts_for([f"{tmp_path}/./letters.jsonl"], CausalLM(), others)
-    with pytest.raises(UnsupportedError, match=r"--retain.*image_classification"):
+    with pytest.raises(UnsupportedError):
         texts_for(["bundled"], ImageClassification(classes=["a", "b"]), {})
 
 

@@ -61,7 +61,7 @@ def test_without_any_run_nothing_is_suggested(tmp_path, monkeypatch):
 
 
 def test_a_comparison_needs_scores_in_one_of_the_folders(here):
-    with pytest.raises(InputError, match="no finished run in runs"):
+    with pytest.raises(InputError):
         look_for_scores(["runs", "nowhere"])
     (here / "runs/quick/scores.json").write_text("{}")
     look_for_scores(["nowhere", "runs"])

@@ -50,7 +50,7 @@ from petl.data.tasks.image_text.prompt import (
     ImageTextProcessor,
     training_inputs,
 )
-from petl.data.tasks.seq2seq import PairTask
+from petl.data.tasks.seq2seq import TextPairTask
 from petl.errors import InputError
 from petl.system.values import field, integer
 
@@ -61,7 +61,7 @@ LETTERS = 8  # of a random text
 
 
 @dataclass
-class ImageText(DecoderTask[ImageTextProcessor], PairTask[ImageTextProcessor]):
+class ImageText(DecoderTask[ImageTextProcessor], TextPairTask[ImageTextProcessor]):
     """Conversations (`messages`) with their `images`, and `sha256` of the content of each.
 
     Attributes:
@@ -187,28 +187,28 @@ class ImageText(DecoderTask[ImageTextProcessor], PairTask[ImageTextProcessor]):
 
     def lengths(self, rows: Dataset) -> list[int]:
         """The number of tokens of each row, those of an answer of a decoder included."""
-        return (PairTask if self.apart else Task).lengths(self, rows)
+        return (TextPairTask if self.apart else Task).lengths(self, rows)
 
     def labeled_tokens(self, row: Row) -> tuple[list[int], list[bool]]:
         """The tokens of question and answer, and for each whether the model predicts it."""
-        return (PairTask if self.apart else DecoderTask).labeled_tokens(self, row)
+        return (TextPairTask if self.apart else DecoderTask).labeled_tokens(self, row)
 
     def items(self, batch: Batch) -> int:
         """Number of predicted tokens."""
-        return (PairTask if self.apart else DecoderTask).items(self, batch)
+        return (TextPairTask if self.apart else DecoderTask).items(self, batch)
 
     def count(self, batch: Batch) -> int:
         """Number of tokens of questions and answers, without padding."""
-        return (PairTask if self.apart else Task).count(self, batch)
+        return (TextPairTask if self.apart else Task).count(self, batch)
 
     def positions(self, batch: Batch) -> int:
         """Number of tokens of questions and answers, with padding."""
-        return (PairTask if self.apart else Task).positions(self, batch)
+        return (TextPairTask if self.apart else Task).positions(self, batch)
 
     def predict(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Number of predicted tokens and their summed loss in nats of each row: [B, 2]."""
         return (
-            PairTask.predict(self, outputs, batch)
+            TextPairTask.predict(self, outputs, batch)
             if self.apart
             else super().predict(outputs, batch)
         )

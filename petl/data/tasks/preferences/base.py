@@ -201,14 +201,17 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return found.sum(1), (labels[:, 1:] != IGNORED).sum(1)
 
 
-def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+def token_log_probabilities(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """The log-probability of each label but the first, [N, T - 1]; 0 where it is ignored.
 
     Args:
         logits: [N, T, V], or more positions at the beginning (virtual tokens).
         labels: that each position is, [N, T], or IGNORED.
+        temperature: of the softmax.
     """
     logits, labels = logits[:, -labels.shape[1] : -1].float(), labels[:, 1:]
+    if temperature != 1:
+        logits = logits / temperature
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )

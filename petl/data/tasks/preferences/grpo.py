@@ -4,13 +4,14 @@ Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300; the mean over the tokens of 
 of Yu et al. 2025, "DAPO", arXiv:2503.14476. Each answer is learned from once, right after it was
 sampled, so that the ratio to the model that sampled it is 1, and nothing is clipped. The advantage
 of an answer is its reward less the mean of those to its prompt, divided by their standard
-deviation.
+deviation. All probabilities are those of sampling, with its temperature, as in TRL.
 
 Shapes: P prompts, G answers to each, N = P G, T tokens, L new ones at most.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from petl.core.model.modes import evaluation_mode, without_adapters
-from petl.core.types import base_of
+from petl.core.types import CausalModel, base_of
 from petl.data.objectives import GRPOSettings
 from petl.data.tasks.base import (
     IGNORED,
@@ -125,7 +126,8 @@ class GRPO(GRPOSettings, AnswerTask):
             return found
         with torch.no_grad(), evaluation_mode(model), without_adapters(model):
             logits = model(**{name: found[name] for name in INPUTS}).logits
-            return {**found, "reference": token_log_probabilities(logits, labels)}
+            known = token_log_probabilities(logits, labels, self.temperature)
+            return {**found, "reference": known}
 
     @torch.no_grad()
     def answered(
@@ -142,10 +144,11 @@ class GRPO(GRPOSettings, AnswerTask):
         # each prompt once, without the room for its answers
         asked = {n: batch[n][:: self.generations, : -self.max_new_tokens] for n in INPUTS}
         chat = self.tokenizer if self.chat else None
-        end = answer_ends(self.tokenizer.eos_token_id, base_of(model), chat)
+        base = base_of(model)
+        end = answer_ends(self.tokenizer.eos_token_id, base, chat)
         pad = pad_id(self.tokenizer)
         sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if count > 1 else {}
-        with evaluation_mode(model):
+        with evaluation_mode(model), nullcontext() if count == 1 else sampled_plainly(base):
             written = cast(Any, model).generate(
                 **asked,
                 **cache_arguments(model, use_cache=True),
@@ -185,7 +188,7 @@ class GRPO(GRPOSettings, AnswerTask):
 
     def own_loss(self, outputs: Outputs, labels: Batch) -> Tensor:
         """The mean over tokens, 0-d; without advantages, that of answers with an advantage of 1."""
-        own = token_log_probabilities(outputs.logits, labels["labels"])
+        own = token_log_probabilities(outputs.logits, labels["labels"], self.temperature)
         mask = (labels["labels"][:, 1:] != IGNORED).to(own)
         advantages = labels.get("advantages")
         # 1, with the gradient of the log-probability
@@ -235,6 +238,20 @@ class GRPO(GRPOSettings, AnswerTask):
 
 
 INPUTS = ("input_ids", "attention_mask")
+
+
+@contextmanager
+def sampled_plainly(base: CausalModel) -> Generator[None]:
+    """Inside the block `generate` samples from the model's own probabilities.
+
+    The generation config of a published model may penalize repetition or leave out unlikely tokens,
+    and fills in what a call does not set: the loss knows nothing of it.
+    """
+    kept, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = kept
 
 
 def until(ids: list[int], ends: Sequence[int]) -> list[int]:

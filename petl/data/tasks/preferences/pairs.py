@@ -9,7 +9,7 @@ text is that of all of its tokens, those of the prompt included.
 Shapes: P pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -27,6 +27,7 @@ from petl.data.tasks.preferences.base import (
     batch_of_pairs,
     log_probabilities,
 )
+from petl.system.collectives import gathered, num_processes
 
 SCORED = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
 
@@ -71,13 +72,27 @@ class ORPO(ORPOSettings, PairTask, AnswerTask):
 
     name: ClassVar[str] = "orpo"
     scored: ClassVar[tuple[str, ...]] = SCORED
-    label_columns: ClassVar[tuple[str, ...]] = ("labels", "texts")
+    label_columns: ClassVar[tuple[str, ...]] = ("labels", "texts", "tokens")
     has_reference: ClassVar[bool] = False
 
+    def whole_step(
+        self, weighted: Sequence[tuple[Batch, float]], forward: Callable[[Batch], Outputs]
+    ) -> Iterable[tuple[Batch, float]]:
+        """Micro-batches with `tokens`, 0-d: what divides the summed loss of their chosen texts.
+
+        They are weighted by their pairs, and the loss of a step is a mean over all of its tokens.
+        """
+        own = sum(chosen_tokens(batch) for batch, weight in weighted if weight)
+        every = sum(gathered(own)) / num_processes()
+        for batch, weight in weighted:
+            more = {"tokens": torch.tensor(weight * every)} if weight else {}
+            yield {**batch, **more}, weight
+
     def own_loss(self, outputs: Outputs, labels: Batch) -> Tensor:
-        """The loss of the tokens of all chosen texts, and the mean of the odds ratios."""
+        """The loss of the tokens of all chosen texts of a step, and the mean of the odds ratios."""
         chosen, odds, rewards = self.parts(outputs, labels)
-        losses = chosen[0].sum() / chosen[1].sum() - self.beta * F.logsigmoid(odds)
+        tokens = labels.get("tokens", chosen[1].sum())
+        losses = chosen[0].sum() / tokens - self.beta * F.logsigmoid(odds)
         self.last = of_pairs(losses, rewards)[:, 1:].detach().mean(0)
         return losses.mean()
 
@@ -107,6 +122,11 @@ def batch_of_whole_pairs(pad: Pad, rows: Sequence[Row]) -> dict[str, Tensor]:
     batch = batch_of_pairs(pad, rows)
     padding = batch["attention_mask"] == 0
     return {**batch, "texts": batch["input_ids"].masked_fill(padding, IGNORED)}
+
+
+def chosen_tokens(batch: Batch) -> int:
+    """Number of tokens of the chosen texts that a model predicts."""
+    return int((batch["texts"].chunk(2)[0][:, 1:] != IGNORED).sum())
 
 
 def log_of_rest(x: Tensor) -> Tensor:

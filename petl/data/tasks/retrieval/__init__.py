@@ -44,7 +44,7 @@ from petl.data.tasks.base import (
 )
 from petl.data.tasks.encoding_cache import values_of
 from petl.data.tasks.regression import correlation, ranks
-from petl.data.tasks.retrieval.base_folder import LENGTHS, Folder, folder_files
+from petl.data.tasks.retrieval.base_folder import LENGTHS, BaseFolder, folder_files
 from petl.data.tasks.retrieval.dense import NAME, DenseLayers
 from petl.data.tasks.retrieval.embedder import (
     COUPLED,
@@ -114,7 +114,7 @@ class Retrieval(TextTask):
 
     def __post_init__(self) -> None:
         self._dense: DenseLayers | None = None  # until the base is known
-        self._plain: Folder | None = None  # of a model that no run has made
+        self._plain: BaseFolder | None = None  # of a model that no run has made
         self.packing: Packing | None = None  # until the model is known
         for name in OPTIONS:
             users = [loss for loss, kind in LOSSES.items() if name in kind.options]
@@ -128,12 +128,12 @@ class Retrieval(TextTask):
             self.metric = "spearman"  # ty: ignore[invalid-attribute-access]
 
     def take_base(self, base: BaseFiles) -> None:
-        """Fill in what is None from the base model's folder, see `Folder`.
+        """Fill in what is None from the base model's folder, see `BaseFolder`.
 
         Raises:
             InputError: the folder has modules that are not supported.
         """
-        folder = Folder(base)
+        folder = BaseFolder(base)
         folder.check()
         self._dense = folder.dense()
         if self.pooling is None:
@@ -146,7 +146,7 @@ class Retrieval(TextTask):
         if self.document_prefix is None:
             self.document_prefix = document
 
-    def take_folder(self, folder: Folder) -> None:
+    def take_folder(self, folder: BaseFolder) -> None:
         """Compute as the folder of a model does that no run has made.
 
         Raises:

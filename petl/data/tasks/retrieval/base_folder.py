@@ -55,7 +55,7 @@ class Lengths(TypedDict, total=False):
     max_seq_length: int | None
 
 
-class Folder:
+class BaseFolder:
     """The folder of a base model, read as an embedding model's; it need not be one.
 
     Attributes:

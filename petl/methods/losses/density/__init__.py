@@ -67,11 +67,19 @@ NO_GRAPH = (
 Batches = Iterable[Mapping[str, Any]]
 
 
+def float32_reason(config: ActivationDensityConfig) -> str:
+    """Return why the gradient of the term needs activations in float32; "" if it does not."""
+    if config.eps >= PRECISE or config.weight == 0:
+        return ""
+    return f"with eps={config.eps:g} its gradient comes from values near 0, which bf16 rounds away"
+
+
 @register_loss(
     "density",
     summary="lowers the fraction of active MLP neurons along with the task's loss",
     paper="Runwal et al. 2025, From PEFT to DEFT: Parameter Efficient Finetuning for Reducing "
     "Activation Density in Transformers, AAAI, arXiv:2402.01911",
+    charts=(("density_loss", "Density loss", "share of active neurons, smoothed"),),
 )
 class ActivationDensity:
     """The density term of a PeftModel, available as `model.activation_density`.
@@ -93,6 +101,7 @@ class ActivationDensity:
     config_cls = ActivationDensityConfig
     lacks = {
         Capability.REENTRANT: NO_GRAPH,
+        Capability.BF16: float32_reason,
         Capability.NEW_HEAD: "it reads the blocks alone, and the head behind them is what trains",
     }
 
@@ -195,11 +204,11 @@ class ActivationDensity:
         # nothing to train through this activation
         if not (torch.is_grad_enabled() and a.requires_grad and self.config.weight > 0):
             return a
-        if eps < PRECISE and a.dtype.itemsize < 4:
+        reason = float32_reason(self.config)
+        if reason and a.dtype.itemsize < 4:
             self._log_once(
-                f"eps={eps:g} of the density loss in {a.dtype}: its gradient comes from values "
-                "near 0, which such numbers round away, and is mostly noise; set "
-                f"train.precision=no, or loss.eps={PRECISE:g} or more",
+                f"the density loss is mostly noise in {a.dtype}: {reason}; set train.precision=no, "
+                f"or loss.eps={PRECISE:g} or more",
                 logging.WARNING,
             )
         return count_in_loss(a, layer, eps, mask, tally)

@@ -77,6 +77,10 @@ def comparing_logits(config: NestedConfig) -> str:
     paper="Aich et al. 2023, Efficient Controllable Multi-Task Architectures, ICCV, "
     "arXiv:2308.11744",
     features=("petl.methods.losses.nested.run:WidthScores",),
+    charts=(
+        ("nested_loss", "Loss of a smaller width", "loss of the width of the step"),
+        ("nested_distill", "Distance of a smaller width", "distance to the full width"),
+    ),
 )
 class NestedWidths:
     """The term of a smaller width of a PeftModel, available as `model.nesting`.

@@ -100,6 +100,53 @@ def test_reward_models():
     assert found[:, 1].tolist() == [1, 0]
 
 
+def test_orpo_of_any_micro_batches_is_that_of_all_pairs():
+    lengths = [2, 9, 4, 3, 6, 8]  # of texts, so that a mean of means is another one
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(1, 259, (n,), generator=generator).tolist() for n in lengths]
+    rows = [
+        {"input_ids": ids, "labels": ids, "rejected_ids": [7, i], "rejected_labels": [IGNORED, i]}
+        for i, ids in enumerate(texts, 1)
+    ]
+    base = decoder()
+    task = task_class("orpo")(max_length=16, beta=BETA)
+    task.adjust(base)
+    collate = task.collate(byte_tokenizer(pad_token="<unk>"))
+
+    def step(*sizes):
+        """The loss of a step of micro-batches of these sizes, and its gradient."""
+        base.zero_grad()
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        micro = [collate(rows[end - n : end]) for n, end in zip(sizes, ends, strict=True)]
+        weighted = [(batch, n / len(rows)) for batch, n in zip(micro, sizes, strict=True)]
+        spare = micro[0], 0.0  # as of a process with fewer rows
+        losses = []
+        for batch, weight in task.whole_step([*weighted, spare], lambda batch: base(**batch)):
+            losses.append(base(**batch).loss * weight)
+            losses[-1].backward()
+        return sum(losses).item(), base.lm_head.weight.grad.clone()
+
+    def means(ids, labels):
+        """The log-probabilities of labels, and their mean."""
+        log_p = base(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        found = [log_p[i - 1, t].item() for i, t in enumerate(labels) if i and t != IGNORED]
+        return found, sum(found) / len(found)
+
+    tokens, ratios = [], []
+    for row in rows:
+        chosen, one = means(row["input_ids"], row["labels"])
+        _, other = means(row["rejected_ids"], row["rejected_labels"])
+        odds = [math.log(math.exp(mean) / (1 - math.exp(mean))) for mean in (one, other)]
+        tokens += chosen
+        ratios.append(-math.log(sigmoid(odds[0] - odds[1])))
+    expected = -sum(tokens) / len(tokens) + BETA * sum(ratios) / len(ratios)
+    _, gradient = step(6)
+    for sizes in ([6], [4, 2], [1, 5], [1, 1, 1, 1, 1, 1]):
+        value, own = step(*sizes)
+        assert value == pytest.approx(expected, rel=1e-5)
+        torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-6)
+
+
 # Rows and the reference
 
 

@@ -152,10 +152,13 @@ def test_reward(method, center, tokenizer, tmp_path):
     assert abs(found - theirs(trainer)) < 1e-6
 
 
-@pytest.mark.parametrize(("method", "loss", "beta"), [("lora", "dapo", 0.2), ("mola", "grpo", 0.0)])
-def test_grpo(method, loss, beta, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "loss", "beta", "temperature"), [("lora", "dapo", 0.2, 0.6), ("mola", "grpo", 0, 1)]
+)
+def test_grpo(method, loss, beta, temperature, tokenizer, tmp_path):
     base = decoder()
-    task_of("grpo", base, generations=2, max_new_tokens=4, loss=loss, beta=beta)
+    more = {"loss": loss, "beta": beta, "temperature": temperature}
+    task_of("grpo", base, generations=2, max_new_tokens=4, **more)
     model = wrapped(base, method)
     texts = texts_of(Pad(0), [[50, 51, 52]] * 4, [[60, 61], [62, 63, 64], [65], [66, 67]])
     advantages = torch.tensor([0.7, -0.7, 1.0, -1.0])
@@ -166,6 +169,7 @@ def test_grpo(method, loss, beta, tokenizer, tmp_path):
         "GRPO", tmp_path, wrapped(decoder(), method), [{"prompt": "who? "}] * 4, tokenizer,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         num_generations=2, max_completion_length=4, beta=beta, loss_type=loss,
+        temperature=temperature, use_bias_correction_kl=False,
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     answers = (texts["labels"] != -100)[:, 3:].long()
@@ -179,5 +183,13 @@ def test_grpo(method, loss, beta, tokenizer, tmp_path):
     }
     if reference is not None:
         given["ref_per_token_logps"] = reference[:, 2:]
-    assert abs(found - trainer._compute_loss(trainer.model.train(), given)) < 1e-6
-    assert found.requires_grad
+    wanted = trainer._compute_loss(trainer.model.train(), given)
+    assert abs(found - wanted) < 1e-6
+    if method == "lora":
+        # the value alone says nothing of the probabilities of the answers
+        pairs = [
+            torch.autograd.grad(loss, [p for p in own.parameters() if p.requires_grad])
+            for loss, own in ((found, model), (wanted, trainer.model))
+        ]
+        for one, other in zip(*pairs, strict=True):
+            torch.testing.assert_close(one, other)

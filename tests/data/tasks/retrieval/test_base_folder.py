@@ -6,7 +6,7 @@ import pytest
 
 from petl.data.models.sources import read_source
 from petl.data.tasks.retrieval import Retrieval
-from petl.data.tasks.retrieval.base_folder import Folder
+from petl.data.tasks.retrieval.base_folder import BaseFolder
 from petl.errors import InputError
 
 POOLING, NORMALIZE = (
@@ -33,6 +33,10 @@ def taken(files=None, is_decoder=False, has_decoder=False, **fields) -> Retrieva
 
 def folder(pooling: dict, *modules: dict) -> dict:
     return {"modules.json": [TRANSFORMER, POOLING, *modules], "1_Pooling/config.json": pooling}
+
+
+def damaged(name, content, words):
+    return {**folder({"pooling_mode": "cls"}), name: content}, f"{name}.*{words}"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,13 @@ def test_the_prompt_of_documents_has_the_names_that_sentence_transformers_looks_
             {"modules.json": [{**TRANSFORMER, "path": "0_Transformer"}, POOLING]},
             "0_Transformer.*save",
         ),
+        damaged("modules.json", [{"path": "1_Pooling"}], "type"),
+        damaged("modules.json", {"0": TRANSFORMER}, "list"),
+        damaged("modules.json", [{**POOLING, "path": 1}], "path"),
+        damaged("1_Pooling/config.json", [{"pooling_mode": "cls"}], "mapping"),
+        damaged("config_sentence_transformers.json", {"prompts": {"query": 5}}, "query.*5"),
+        damaged("config_sentence_transformers.json", ["query"], "mapping"),
+        damaged("sentence_bert_config.json", "lower", "mapping"),
     ],
 )
 def test_what_petl_does_not_compute_is_refused(files, words):
@@ -116,32 +127,11 @@ def test_what_petl_does_not_compute_is_refused(files, words):
 
 
 def test_lower_case_by_the_tokenizer_is_no_reason_to_refuse():
+    with pytest.raises(InputError):
+        taken(has_decoder=True)  # which is one
     lower = {"do_lower_case": True}
     files = {"sentence_bert_config.json": lower, "tokenizer_config.json": lower}
     assert taken(files).pooling == "mean"
-
-
-def test_an_encoder_with_a_decoder_is_refused():
-    with pytest.raises(InputError, match="encoder and a decoder"):
-        taken(has_decoder=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("modules.json", [{"path": "1_Pooling"}], "type"),
-        ("modules.json", {"0": TRANSFORMER}, "list"),
-        ("modules.json", [{**POOLING, "path": 1}], "path"),
-        ("1_Pooling/config.json", [{"pooling_mode": "cls"}], "mapping"),
-        ("config_sentence_transformers.json", {"prompts": {"query": 5}}, "query.*5"),
-        ("config_sentence_transformers.json", ["query"], "mapping"),
-        ("sentence_bert_config.json", "lower", "mapping"),
-    ],
-)
-def test_damaged_files_are_named_with_the_reason(name, content, words):
-    files = {**folder({"pooling_mode": "cls"}), name: content}
-    with pytest.raises(InputError, match=f"{name}.*{words}"):
-        taken(files)
 
 
 @pytest.mark.parametrize("content", [b"[", b"[\xff]", b"[" * 9000, b" " * 2**24 + b"[]"])
@@ -149,15 +139,15 @@ def test_files_beside_the_weights_are_read_within_bounds(tmp_path, content):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "modules.json").write_bytes(content)
     source = read_source({"name": "own", "source": "path", "path": str(tmp_path)})
-    with pytest.raises(InputError, match=rf"{tmp_path}/modules\.json cannot be"):
+    with pytest.raises(InputError, match=str(tmp_path / "modules.json")):
         Retrieval().take_base(source)
 
 
-def of(**files) -> Folder:
+def of(**files) -> BaseFolder:
     names = {"config": "config.json", "modules": "modules.json"}
     names |= {"st": "config_sentence_transformers.json", "lengths": "sentence_bert_config.json"}
     content = {names[name]: value for name, value in files.items()}
-    return Folder(SimpleNamespace(json_file=content.get))
+    return BaseFolder(SimpleNamespace(json_file=content.get))
 
 
 SCORER = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
@@ -199,7 +189,7 @@ def test_folders_of_rerankers(files, is_reranker):
 )
 def test_scores_of_a_reranker_are_logits_or_probabilities(files, expected):
     if expected is None:
-        with pytest.raises(InputError, match=f"activation_fn.*{SIGMOID} and {IDENTITY}"):
+        with pytest.raises(InputError, match="activation_fn"):
             assert of(**files).has_probabilities
     else:
         assert of(**files).has_probabilities is expected
@@ -208,10 +198,13 @@ def test_scores_of_a_reranker_are_logits_or_probabilities(files, expected):
 def test_what_a_reranker_computes_beyond_its_scores_is_refused():
     assert of(st={"prompts": {"web": "Q: "}}, modules=[TRANSFORMER]).has_probabilities
     logits = {"type": "sentence_transformers.cross_encoder.modules.LogitScore", "path": "1"}
-    with pytest.raises(InputError, match="Transformer, LogitScore"):
-        assert of(modules=[TRANSFORMER, logits]).has_probabilities
-    with pytest.raises(InputError, match="web"):
-        assert of(st={"prompts": {"web": "Q: "}, "default_prompt_name": "web"}).has_probabilities
+    prompted = {"prompts": {"web": "Q: "}, "default_prompt_name": "web"}
+    for files, word in (
+        ({"modules": [TRANSFORMER, logits]}, "LogitScore"),
+        ({"st": prompted}, "web"),
+    ):
+        with pytest.raises(InputError, match=word):
+            assert of(**files).has_probabilities
 
 
 def test_vectors_are_compared_as_the_folder_says():
@@ -221,20 +214,12 @@ def test_vectors_are_compared_as_the_folder_says():
         task = Retrieval(loss="in_batch", normalize=name == "dot")
         task.take_folder(given)
         assert given.similarity() == task.similarity == name
-    with pytest.raises(InputError, match=r"manhattan.*cosine and dot"):
+    with pytest.raises(InputError, match="manhattan"):
         Retrieval().take_folder(of(st={"similarity_fn_name": "manhattan"}))
 
 
-@pytest.mark.parametrize("length", [-1, 0, 1])
+@pytest.mark.parametrize("length", [-1, 0, 1, "long"])
 def test_texts_have_two_tokens_at_least(length):
     assert of(lengths={"max_seq_length": 2}).max_length == 2
-    with pytest.raises(InputError, match=f"max_seq_length={length}"):
+    with pytest.raises(InputError, match=f"max_seq_length.*{length}"):
         assert of(lengths={"max_seq_length": length}).max_length
-
-
-def test_a_length_that_is_no_number_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": "long"}')
-    source = read_source({"name": "own", "source": "path", "path": str(tmp_path)})
-    with pytest.raises(InputError, match=r"max_seq_length.*long"):
-        assert Folder(source).max_length

@@ -17,7 +17,7 @@ from petl import retrieval
 from petl.data.tasks.retrieval import Retrieval, embedder
 from petl.data.tasks.retrieval.embedder import LOSSES, loss_of, whole_step
 from petl.efficiency.together.batches import check_loss
-from petl.errors import InputError, UnsupportedError
+from petl.errors import UnsupportedError
 
 PAIRS = [(f"q{i} ask", f"answer {i * i} {'x' * i}") for i in range(6)]
 ROWS = {
@@ -254,11 +254,6 @@ def test_settings_of_a_loss_are_arguments_of_its_function(loss, options):
     assert abs(model_for(plain)(**batch_for(plain, rows)).loss - found) > 1e-4
 
 
-def test_a_setting_of_another_loss_is_refused():
-    with pytest.raises(InputError, match=r"data.margin=0.1 is for data.loss=in_batch or triplet"):
-        Retrieval(loss="cosent", margin=0.1)
-
-
 def test_one_micro_batch_is_left_as_it_is():
     task = Retrieval()
     weighted = [(batch_for(task, ROWS["in_batch"]), 1.0)]
@@ -367,7 +362,7 @@ def test_adapters_of_embedders_do_not_train_in_one_pass():
     task = Retrieval(max_length=64)
     fields = {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query"]}
     model = petl.wrap(model_for(task), "lora", r=2, **fields)
-    with pytest.raises(UnsupportedError, match="train its adapters one by one"):
+    with pytest.raises(UnsupportedError):
         check_loss(model, batch_for(task, ROWS["in_batch"]))
 
 
