@@ -27,7 +27,7 @@ PACKAGE = ROOT / "petl"
 # Lines that each package may have. A feature pays for its lines by what it makes unnecessary: lower
 # a budget when a package shrinks; who raises one says why in the change.
 BUDGETS = {
-    "system": 3930,
+    "system": 3947,
     "ops": 3792,
     "core": 14960,
     "efficiency": 10430,

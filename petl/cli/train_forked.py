@@ -4,7 +4,6 @@ Standard input has a line of JSON for each run: the words after `petl train`, an
 log. When the run has ended, its exit status is written as a line.
 """
 
-import gc
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import TypedDict
 
 from petl.cli.main import main as petl
 from petl.system.files.disk import append_to
-from petl.system.imports.collector import rare_collections
+from petl.system.imports.collector import freeze_until_exit, rare_collections
 from petl.training import program as app
 
 # what a run imports, but for the class of its model
@@ -47,7 +46,7 @@ def main() -> None:
     with rare_collections():
         for name in IMPORTED:
             import_module(name)
-    gc.freeze()  # a collection would copy the pages of all that is imported
+    freeze_until_exit()  # a collection would copy the pages of all that is imported
     for line in sys.stdin:
         # one that comes meanwhile waits until both processes know what to do with it
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)

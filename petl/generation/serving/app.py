@@ -1,6 +1,5 @@
 """The HTTP server: its paths, its errors in OpenAI's format, and its process."""
 
-import gc
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Collection
@@ -22,6 +21,7 @@ from petl.generation.serving.connections import CONNECTIONS, Connection
 from petl.generation.serving.engine import Busy
 from petl.generation.serving.gate import Gate
 from petl.generation.serving.replies import ApiError, Json, error_body
+from petl.system.imports.collector import freeze_until_exit
 from petl.version import __version__
 
 SHUTDOWN_SECONDS = 10  # for open connections to end
@@ -172,7 +172,7 @@ class Server(uvicorn.Server):
         """Begin to answer, and say so."""
         await super().startup(sockets)
         # a large body makes many lists: each collection would visit all models and modules too
-        gc.freeze()
+        freeze_until_exit()
         self.engine.start()
         self.ready()
 

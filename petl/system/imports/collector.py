@@ -4,7 +4,9 @@ Each full collection visits all objects, and the modules of torch and transforme
 that stay. For entry points only: how often a user's program collects is not petl's to decide.
 """
 
+import atexit
 import gc
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -21,5 +23,20 @@ def rare_collections() -> Generator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        freeze_until_exit()
         gc.set_threshold(*before)
+
+
+def freeze_until_exit() -> None:
+    """Leave what exists now out of all collections, except the interpreter's last one.
+
+    The extension of triton, once imported, prints every function of it that the last collection
+    does not find.
+    """
+    gc.freeze()
+    atexit.register(_unfreeze)
+
+
+def _unfreeze() -> None:
+    if "triton" in sys.modules:  # alone: visiting all objects takes about a second
+        gc.unfreeze()

@@ -31,6 +31,18 @@ def test_full_collections_skip_what_the_block_made() -> None:
     assert gc.get_freeze_count() >= len(made)
 
 
+@pytest.mark.parametrize(("module", "left"), [("triton", True), ("other", False)])
+def test_the_last_collection_sees_all_where_triton_reports_what_it_misses(module, left) -> None:
+    code = (
+        "import atexit, gc, sys, types\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() == 0))\n"
+        "from petl.system.imports.collector import rare_collections\n"
+        f"with rare_collections(): sys.modules[{module!r}] = types.ModuleType({module!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{left}\n"
+
+
 def test_thresholds_are_those_of_before_also_after_an_error(own) -> None:
     seen = []
 
