@@ -29,6 +29,7 @@ from petl.efficiency.drafting import (
     why_plain,
 )
 from petl.efficiency.drafting.cache import refusal
+from petl.efficiency.drafting.passes import takes_trees
 from petl.errors import InputError, UnsupportedError
 
 PLAIN = {"max_new_tokens": 16, "pad_token_id": PAD, "use_cache": True}
@@ -144,6 +145,13 @@ def test_adapters_that_are_switched_between_calls(name):
     assert not torch.equal(texts["default"], texts["other"])
     with model.disable_adapter():
         assert torch.equal(drafted(model), generated(case.base(), 1))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_router_that_reads_the_token_before_takes_no_trees(lookahead):
+    fields = {"router_type": "pregated", "router_lookahead": lookahead}
+    model = petl.wrap(testing.tiny_llama(2), "mola", **fields)
+    assert takes_trees(model.get_base_model()) == (lookahead == 0)
 
 
 @pytest.mark.thorough

@@ -5,7 +5,17 @@ from itertools import cycle
 
 import pytest
 import torch
-from draft_fixtures import PAD, PAIRS, SETTINGS, Oracle, Random, Wrong, prompt, tiny_pair
+from draft_fixtures import (
+    PAD,
+    PAIRS,
+    SETTINGS,
+    Oracle,
+    Random,
+    Wrong,
+    prompt,
+    tiny_pair,
+    tiny_qwen,
+)
 
 import petl
 from petl import testing
@@ -148,6 +158,14 @@ def test_rejected_drafts_leave_cross_attention_as_it_is():
     for layer, keys, before in zip(cache.cross_attention_cache.layers, cross, kept, strict=True):
         assert layer.keys.data_ptr() == keys.data_ptr()
         assert torch.equal(layer.keys, before)
+
+
+def test_accepted_drafts_that_are_in_order_are_not_moved():
+    with torch.no_grad():
+        cache = tiny_qwen()(prompt(3), use_cache=True).cache
+    before = [layer.keys._version for layer in cache.layers]  # grows with each write
+    compact(cache, [0, 1, 2], 5)
+    assert [layer.keys._version for layer in cache.layers] == before
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from draft_fixtures import DECODERS, VOCABULARY, prompt
 
+from petl import testing
 from petl.efficiency.drafting import Costs, best, plan, tau
 from petl.efficiency.drafting.passes import DraftPasses
 from petl.efficiency.drafting.tree import (
@@ -74,6 +75,15 @@ def test_a_tree_pass_equals_its_paths_alone_and_leaves_a_fresh_cache(family, pad
 
 
 # Plans
+
+
+def test_a_pass_has_room_up_to_the_last_entry_of_a_table_of_positions():
+    room = {}
+    for name, model in {"table": testing.tiny_gpt2(), "rotary": DECODERS["qwen"]()}.items():
+        ids = prompt(1, testing.tiny_gpt2().config.n_positions - 5)
+        passes = DraftPasses(model, ids, {"cache": model(ids, use_cache=True).cache})
+        room[name] = [count for count in (5, 6) if passes.has_room(count)]
+    assert room == {"table": [5], "rotary": [5, 6]}
 
 
 def trees(paths, nodes):
