@@ -6,7 +6,13 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 
-from petl.data.batch_sampler import Buckets, SequentialStepSampler, StepSampler, best_fit
+from petl.data.batch_sampler import (
+    Buckets,
+    SequentialStepSampler,
+    StepSampler,
+    best_fit,
+    permutation,
+)
 
 
 def steps_of(plan: StepSampler) -> list[list[list[int]]]:
@@ -35,6 +41,10 @@ def test_an_epoch_visits_every_row_once_and_each_epoch_in_another_order():
     first, second = ([*chain(*half)] for half in (batches[:5], batches[5:]))
     assert sorted(first) == sorted(second) == list(range(23))
     assert first != second
+
+
+def test_the_next_epoch_is_not_the_first_of_the_next_seed():
+    assert permutation(23, seed=3, epoch=1) != permutation(23, seed=4, epoch=0)
 
 
 @pytest.mark.parametrize("done", [1, 4, 5, 7, 13])
@@ -84,6 +94,8 @@ def test_with_buckets_every_epoch_visits_each_row_once_in_another_order(buckets)
     first, second = ([*chain(*half)] for half in (batches[:size], batches[size:]))
     assert sorted(first) == sorted(second) == list(range(23))
     assert first != second
+    together = [{frozenset(rows) for rows in half} for half in (batches[:size], batches[size:])]
+    assert together[0] != together[1]
     other = list(StepSampler(23, 5, None, 2 * size, seed=4, buckets=buckets))
     assert batches != other
 

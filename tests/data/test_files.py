@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from petl.data.base import read_data
-from petl.data.files import located_rows
+from petl.data.files import FIRST, located_rows, read_rows
 from petl.data.task_columns import in_order
 from petl.data.validation import every
 from petl.errors import InputError
@@ -142,6 +142,19 @@ def test_rows_are_limited_after_the_shuffle(tmp_path):
     assert part.train.to_dict() == whole.train.select(range(7)).to_dict()
     assert len(part.test) == 5
     assert whole.train["text"][:7] != [f"t{i}" for i in range(7)]
+
+
+def test_faulty_rows_are_counted_to_the_end_if_one_is_read(tmp_path):
+    rows = [{"text": "a", "label": 1}, *[{"text": "b"}] * FIRST]
+    file = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+
+    def choose(present, origin):
+        if "label" not in present:
+            raise InputError(origin)
+        return present
+
+    found = read_rows("data.train", [str(file)], choose)
+    assert (len(found.values), len(found.unread)) == (1, FIRST)
 
 
 def turns(*contents):

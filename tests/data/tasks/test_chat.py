@@ -44,6 +44,14 @@ def test_only_assistant_turns_and_their_end_tokens_have_labels(tokenizer, templa
     assert tokenizer.decode(ids) == everything
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["prefixes", "marks"])
+def test_an_answer_of_weight_0_has_no_labels(tokenizer, template):
+    tokenizer.chat_template = template
+    first = {**CONVERSATION[2], "more": '{"weight": 0}'}
+    found = encode_chat(tokenizer, [*CONVERSATION[:2], first, *CONVERSATION[3:]])
+    assert learned(tokenizer, *found) == ["Me,\n two lines<|im_end|>"]
+
+
 def test_the_tokens_before_an_answer_are_the_generation_prompt(tokenizer):
     tokenizer.chat_template = CHATML
     ids, labels = encode_chat(tokenizer, CONVERSATION)

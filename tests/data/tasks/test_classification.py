@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 
 from petl.data.tasks.classification import Classification
 from petl.errors import InputError
@@ -33,6 +33,8 @@ def test_scores_agree_with_scikit_learn_over_uneven_batches(task, predicted):
     )
     scores = task.summarize(total)
     prediction = logits.argmax(-1)
+    confusion = confusion_matrix(labels, prediction, labels=range(4))  # a row for each label
+    assert total[1:].view(4, 4).tolist() == confusion.tolist()
     assert scores["rows"] == 37
     assert scores["accuracy"] == pytest.approx(accuracy_score(labels, prediction))
     expected = f1_score(labels, prediction, average="macro", zero_division=0)

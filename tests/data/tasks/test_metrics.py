@@ -8,6 +8,8 @@ def test_squad_metrics_ignore_articles_case_and_punctuation():
     assert squad_exact("a dog", "dogs") == 0
     # {in, big, old, house} and {old, house, garden}: two common words
     assert squad_f1("in the big old house", "Old house, garden") == pytest.approx(2 * 2 / 7)
+    # a word counts as often as both have it
+    assert squad_f1("no no no", "no, no way") == pytest.approx(2 * 2 / 6)
 
 
 @pytest.mark.parametrize(

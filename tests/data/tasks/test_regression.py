@@ -40,4 +40,6 @@ def test_labels_are_floats_in_a_batch(tokenizer):
     batch = task.collate(tokenizer)(list(encoded))
     assert batch["labels"].tolist() == [2.5, -1.0]
     assert batch["labels"].dtype == torch.float32
+    logits = torch.tensor([[3.0], [2.0]])  # errors of 0.5 and 3
+    assert task.head_loss(logits, batch).item() == (0.5**2 + 3**2) / 2
     assert task.model_kwargs()["num_labels"] == 1

@@ -8,7 +8,7 @@ import pytest
 from training_fixtures import train
 
 from petl.cli import main
-from petl.data.base import hold_out, read_data
+from petl.data.base import read_data
 from petl.data.overlap import TrainingInputs
 
 pytest_plugins = ["training_fixtures"]
@@ -103,15 +103,3 @@ def test_a_random_split_has_no_prompt_on_both_sides(tmp_path, row, more):
     sides = [{*re.findall(r"question\d+", json.dumps(rows[:]))} for rows in (data.train, data.test)]
     assert all(sides)
     assert not sides[0] & sides[1]
-
-
-def test_a_prompt_of_most_rows_stays_in_training():
-    keys = ["usual"] * 40 + [str(i) for i in range(10)]
-    train, test = hold_out(50, 0.1, 13, "rows", keys)
-    assert (len(train), {keys[i] for i in test} & {"usual"}) == (45, set())
-
-
-def test_rows_that_all_differ_are_split_as_ever():
-    keys = [str(i) for i in range(50)]
-    assert hold_out(50, 0.2, 13, "rows", keys) == hold_out(50, 0.2, 13, "rows")
-    assert hold_out(50, 0.2, 13, "rows", ["one"] * 50) == hold_out(50, 0.2, 13, "rows")
