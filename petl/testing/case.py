@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from petl.core.compat import BaseTunerLayer
 from petl.core.method import Method
 from petl.core.registry import build_config, method, needs_calibration, wrap
+from petl.core.spec.config import require
 from petl.core.spec.facts import facts_of
 from petl.core.types import Fields
 from petl.system.collectives import num_processes, number
@@ -147,15 +148,16 @@ def stir(model: PeftModel, adapter_name: str = "default", *, seed: int = 2) -> P
 
     Args:
         model: changed in place, and returned.
-        adapter_name: the adapter.
+        adapter_name: the adapter, which must be active (else InputError).
         seed: of the noise.
     """
     # a generator of its own, on the CPU: the same noise on every device
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and adapter_name in name.split("."):
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise.to(parameter), alpha=0.1)
+    found = [p for name, p in trainable(model).items() if adapter_name in name.split(".")]
+    require(bool(found), f"nothing of adapter {adapter_name!r} trains; activate it first")
+    for parameter in found:
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.add_(noise.to(parameter), alpha=0.1)
     return model
 
 

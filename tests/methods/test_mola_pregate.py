@@ -393,6 +393,7 @@ def test_two_active_adapters_add_the_updates_of_their_own_routers():
     model, ids = wrapped(layers_to_transform=[0], target_modules=["down_proj"]), plain_ids()
     other = {**PREGATED, "layers_to_transform": [0], "target_modules": ["down_proj"]}
     model.add_adapter("other", petl.build_config("mola", **{**other, "num_experts": 3}))
+    model.set_adapter("other")
     testing.stir(model, "other", seed=9)
     layer, outputs = next(iter(testing.tuner_layers(model).values())), []
     layer.register_forward_hook(lambda module, x, y: outputs.append(y))
@@ -422,6 +423,7 @@ def test_rows_of_a_mixed_batch_have_the_router_of_their_adapter():
     model, ids = wrapped(), plain_ids(4, 6)
     other = petl.build_config("mola", **{**PREGATED, "router_hidden_size": 12, "num_experts": 3})
     model.add_adapter("other", other)
+    model.set_adapter("other")
     testing.stir(model, "other", seed=9)
     names = ["other", "default", "__base__", "other"]
     mixed = model.generate(input_ids=ids, adapter_names=names, max_new_tokens=6, do_sample=False)

@@ -304,6 +304,7 @@ def test_mixed_batches_equal_each_adapter_alone(gate):
     model = stirred(family, gate=gate)
     model.add_adapter("other", model.peft_config["default"])
     for name in ("default", "other"):  # norms too
+        model.set_adapter(name)
         testing.stir(model, name, seed=len(name))
     batch = {k: torch.cat([v, v.flip(0)]) for k, v in padded(family).items()}
     names = ["other", "default", "default", "other"]

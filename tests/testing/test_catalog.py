@@ -409,3 +409,10 @@ def fails() -> None:
 def test_an_error_in_another_process_is_raised():
     with pytest.raises(petl.InputError, match="a reason"):
         testing.in_fresh_process(fails)
+
+
+def test_an_adapter_that_noise_would_not_reach_is_refused():
+    model = Case("lora", "llama", {"target_modules": "block-linear"}).wrap()
+    model.add_adapter("other", model.peft_config["default"])
+    with pytest.raises(petl.InputError):
+        testing.stir(model, "other")

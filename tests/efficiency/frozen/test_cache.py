@@ -253,6 +253,19 @@ def test_trainer_reads_the_store_with_every_kind_of_checkpointing(kind, tmp_path
         torch.testing.assert_close(trained[key], value, rtol=0, atol=1e-4)
 
 
+def test_reentrant_checkpoints_above_the_store_have_their_gradients(tmp_path):
+    found = []
+    for reentrant in (False, True):
+        model = upper().train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with petl.cache_frozen(model, tmp_path) as cache:
+            cache.fill(examples(), collate)
+            model(**collate(examples()[:3])).loss.backward()
+            assert cache.hits == 1
+        found.append([p.grad for p in trained(model)])
+    torch.testing.assert_close(*found)
+
+
 def test_generation_and_other_outputs_run_all_blocks(tmp_path):
     model = upper().eval()
     batch = {k: v for k, v in collate(examples()[:1]).items() if k != "labels"}

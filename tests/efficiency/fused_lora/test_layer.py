@@ -49,8 +49,8 @@ def test_two_active_adapters_run_pefts_code():
     for model in (ours, theirs):
         torch.manual_seed(5)
         model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-        testing.stir(model, "other")
         model.base_model.set_adapter(["default", "other"])
+        testing.stir(model, "other")
     assert testing.difference(*(testing.logits(m, batch) for m in (ours, theirs))) < 1e-5
 
 
@@ -77,8 +77,8 @@ def extra_trainable(case, **fields):
         for name, value in fields.items():
             setattr(other, name, value)
         model.add_adapter("other", other)
-        testing.stir(model, "other")
-        model.eval()
+        model.set_adapter("other")
+        testing.stir(model, "other").eval().set_adapter("default")
     return ours, theirs, *(next(iter(testing.tuner_layers(m).values())) for m in (ours, theirs))
 
 
@@ -88,7 +88,7 @@ NAMES = ["default", "other", "__base__", "default"]
 @pytest.mark.parametrize("model", ["llama", "bert"])
 @pytest.mark.parametrize("tokens", [1, 13])
 def test_a_mixed_batch_equals_pefts_and_needs_two_products(model, tokens):
-    _, _, ours, theirs = extra_trainable(model)
+    _, _, ours, theirs = extra_trainable(model, lora_alpha=24)  # scales that differ
     x = torch.randn(4, tokens, ours.in_features)
     found, y = products(ours, x, NAMES)
     assert testing.difference(y, products(theirs, x, NAMES)[1]) < 1e-5
@@ -97,7 +97,7 @@ def test_a_mixed_batch_equals_pefts_and_needs_two_products(model, tokens):
 
 @pytest.mark.parametrize("model", ["llama", "bert"])
 def test_a_batch_of_one_adapter_is_computed_as_if_it_were_active(model):
-    ours, theirs, layer, _ = extra_trainable(model)
+    ours, theirs, layer, _ = extra_trainable(model, lora_alpha=24)
     batch, names = pair(model)[0].batch(), ["other"] * 4
     found = testing.logits(ours, batch, adapter_names=names)
     assert testing.difference(found, testing.logits(theirs, batch, adapter_names=names)) < 1e-5
