@@ -246,15 +246,18 @@ def test_router_uses_exactly_top_k_experts():
     assert sum(changed) == 3
 
 
-def test_dropout_applies_to_the_experts_and_not_the_router():
+@pytest.mark.parametrize("called", [False, True])
+def test_dropout_applies_to_the_experts_and_not_the_router(called):
     fields = {"num_experts": 4, "router_aux_loss_coef": 1.0}
     model = wrap_stack(I, O, **fields, lora_dropout=0.5).train()
+    plain = wrap_stack(I, O, **fields).train()
+    for each in (model, plain) if called else ():  # a base layer with hooks runs by itself
+        each.base_model.model.layers[0].fc.base_layer.register_forward_hook(lambda *_: None)
     x = torch.randn(50, I)
     first, balance = model(x), model.base_model.aux_loss()
     second = model(x)
     assert not torch.allclose(first, second)
     assert torch.equal(model.base_model.aux_loss(), balance)
-    plain = wrap_stack(I, O, **fields).train()
     plain.load_state_dict(model.state_dict())
     plain(x)
     torch.testing.assert_close(plain.base_model.aux_loss(), balance)
@@ -373,11 +376,10 @@ def test_in_evaluation_no_gradient_balances_the_experts(router_type):
     for coefficient in (0.0, 0.5):
         torch.manual_seed(0)
         fields = {"r": 2, "num_experts": 4, "router_type": router_type}
-        model = petl.wrap(
-            testing.tiny_llama(), "mola", router_aux_loss_coef=coefficient, **fields
-        ).eval()
+        model = petl.wrap(testing.tiny_llama(), "mola", router_aux_loss_coef=coefficient, **fields)
         ids = torch.arange(12).view(2, 6)
-        testing.stir(model)(input_ids=ids).logits.square().mean().backward()
+        testing.stir(model).train()(input_ids=ids)  # sets the scale of the balance loss
+        model.eval()(input_ids=ids).logits.square().mean().backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert found[0]
     assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())

@@ -294,6 +294,16 @@ def test_token_by_token_equals_the_whole_pass_after_a_crop_and_with_left_padding
     torch.testing.assert_close(whole[:1, 3:], alone, atol=1e-5, rtol=1e-4)
 
 
+def test_positions_are_counted_without_padding_between_prompt_and_answer():
+    model, ids = wrapped(), plain_ids(2)
+    mask = torch.ones_like(ids)
+    mask[:, 3:6] = 0
+    apart = gates_seen(model, input_ids=ids, attention_mask=mask)[4].unflatten(0, ids.shape)
+    text = ids[mask.bool()].view(2, -1)
+    together = gates_seen(model, input_ids=text)[4].unflatten(0, text.shape)
+    torch.testing.assert_close(apart[mask.bool()].view(together.shape), together)
+
+
 @pytest.mark.parametrize("fields", CACHED[:2], ids=str)
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.no_grad()
