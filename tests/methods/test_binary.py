@@ -221,6 +221,19 @@ def test_each_weight_is_quantized_once_in_a_training_forward(batch, monkeypatch)
     assert sum(rows) == len(trained(model))
 
 
+@pytest.mark.parametrize("fields", [LORA, MOS], ids=["lora", "mos"])
+def test_reentrant_checkpoints_have_the_same_gradients(batch, fields):
+    model, found = stir(wrapped(**fields)).train(), []
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        found.append([p.grad for p in trained(model).values()])
+    torch.testing.assert_close(*found)
+
+
 def test_evaluation_uses_the_current_weights_after_each_change(batch):
     model = stir(wrapped(**LORA))
     first = logits(model, batch)

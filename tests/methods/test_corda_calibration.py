@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from petl.errors import InputError
 from petl.methods.corda.covariance import Covariance, collect, scaled
+from petl.system import collectives
 from petl.testing import tiny_llama, tiny_t5
 from petl.testing.models import causal_batch, pair_batch
 
@@ -122,6 +123,20 @@ def test_encoder_and_decoder_layers_use_their_own_masks():
     assert source != target
     tokens = {name: int(covariances[0].tokens) for name, covariances in found.items()}
     assert tokens == {"encoder": source, "decoder": target, "cross": source}
+
+
+def test_samples_of_two_processes_are_numbered_in_turn_and_averaged(monkeypatch):
+    monkeypatch.setattr(collectives, "num_processes", lambda: 2)
+    monkeypatch.setattr(collectives, "number", lambda: 1)
+    monkeypatch.setattr(collectives, "summed", lambda tensor: 2 * tensor)  # the other has the same
+    model: Any = tiny_llama(1)
+    keys = {"q": model.model.layers[0].self_attn.q_proj}
+    settings = {"norm": "none", "dtype": torch.float32, "rounds": 4}
+    (found,) = collect(model, keys, lambda: model(**causal_batch(5, seed=0)), **settings).values()
+    assert [each.samples for each in found] == [0, 3, 0, 2]  # samples 1, 3, 5, 7 and 9
+    merged = found[1].over_processes()
+    assert (merged.samples, int(merged.tokens)) == (6, 2 * int(found[1].tokens))
+    torch.testing.assert_close(merged.matrix, found[1].matrix)
 
 
 def test_samples_whose_maximum_is_zero_or_negative_are_scaled_by_the_largest_magnitude():

@@ -65,6 +65,7 @@ def test_importance_is_that_of_a_simulation_from_inputs_and_output_gradients(nor
         if grew:
             best = sorted(ranks, key=lambda key: -I[key] * U[key])[:3]
             assert {k for k, r in rank_pattern(model).items() if r > ranks[k]} == set(best)
+            assert model.peft_config["default"].rank_pattern == rank_pattern(model)
         optimizer.step()
 
 

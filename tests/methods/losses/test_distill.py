@@ -11,7 +11,12 @@ from kept_processes import in_processes
 from omegaconf import OmegaConf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import petl
 from petl import testing
@@ -133,6 +138,23 @@ def test_features_of_all_blocks_are_compared(name):
     assert petl.lifecycle(model).metrics()["aux_loss"] == pytest.approx(
         30 * term.series()["distill_features"]
     )
+
+
+def test_a_block_that_runs_three_times_counts_once():
+    sizes = {"vocab_size": 96, "embedding_size": 8, "hidden_size": 16, "intermediate_size": 16}
+    config = AlbertConfig(**sizes, num_hidden_layers=3, num_attention_heads=2, num_labels=5)
+    base, seen = AlbertForSequenceClassification(config), []
+    batch = testing.TINY_MODELS["bert"].batch()
+    block = base.albert.encoder.albert_layer_groups[0].albert_layers[0]
+    model = testing.stir(petl.wrap(base, "lora", target_modules=["ffn"])).train()
+    block.register_forward_hook(lambda module, x, y: seen.append(y))
+    model(**batch)
+    with model.disable_adapter():
+        model(**batch)
+    squares = [(y - t).square().mean() for y, t in zip(seen[:3], seen[3:], strict=True)]
+    term = distilled(model)
+    model(**batch)
+    assert term.series()["distill_features"] == pytest.approx(sum(squares).item() / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize(
