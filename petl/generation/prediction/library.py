@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
-from petl.adapters.export.saved_adapter import find
+from petl.adapters.export.saved_adapter import device, find
 from petl.data.inputs import read_inputs
 from petl.data.tasks.base import Prediction, Row
 from petl.errors import InputError, first_line, shown
@@ -102,9 +101,8 @@ def evaluate(  # noqa: PLR0913
         InputError: there is no such run; a file, row, label or setting is wrong.
     """
     names, rows = ([], None) if data is None else files_or_rows(data)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     # those of the caller: the evaluation seeds them
-    with states_kept(device), accelerate_restored():
+    with states_kept(device()), accelerate_restored():
         return evaluate_saved(
             find(run, trust_remote_code=trust_remote_code, other_base=other_base),
             names,

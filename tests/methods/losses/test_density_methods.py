@@ -112,6 +112,7 @@ def test_it_composes_with_prompts(config):
 def test_it_follows_the_adapter_that_is_active():
     model, batch = lora(llama()), batch_of("llama-relu")
     model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    model.set_adapter("other")
     testing.stir(model, "other", seed=5)
     expected = {}
     for name in ("default", "other"):
