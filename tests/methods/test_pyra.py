@@ -206,7 +206,8 @@ def test_blocks_equal_a_loop_over_tokens(make, schedule, fields, protected, atte
     base.set_attn_implementation(attention)
     plain = copy.deepcopy(base)
     model = petl.wrap(base, "pyra", schedule=schedule, task_type=None, **fields)
-    testing.stir(model)
+    if fields.get("reactivate", True):  # else it has no parameters
+        testing.stir(model)
     encoder = getattr(plain, plain.base_model_prefix)
     embedded = encoder.embeddings(**inputs(plain))
     found = vectors(model)

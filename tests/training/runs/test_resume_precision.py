@@ -109,7 +109,7 @@ def test_a_folder_without_checkpoint_starts_again_with_the_precision_of_this_mac
 OTHER_BY_RANK = """
 import os
 from petl.training.distributed import precision
-precision.automatic = lambda source: "no" if os.environ["RANK"] == "1" else "bf16"
+precision.automatic = lambda source, float32="": "no" if os.environ["RANK"] == "1" else "bf16"
 """
 
 
