@@ -1,7 +1,7 @@
 """Collective operations and sharded tensors; with one process they do nothing."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -122,7 +122,7 @@ class Counts:
         self.is_distributed = accelerator.num_processes > 1
         self.group = None
         if self.is_distributed and dist.get_backend() != "gloo":  # NCCL sums on the device
-            self.group = dist.new_group(backend="gloo")
+            self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # a member, as all
 
     def total(self, *counts: int) -> list[int]:
         """Return the sum of each count over all processes."""

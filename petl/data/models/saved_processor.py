@@ -54,7 +54,7 @@ def _saved_or_base(cfg: Settings, task: Task[P], adapter: Path, base: P | None) 
     if not has_own:
         return load_processor(cfg, task) if base is None else base
     source = read_source(cfg)
-    options = {**source.options(), **HERE}
+    options: dict[str, Any] = {**source.options(), **HERE}
     try:
         with loading(source):
             own: Any = (

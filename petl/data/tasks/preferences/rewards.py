@@ -11,8 +11,8 @@ import runpy
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from petl.data.objectives import REWARDS, GRPOSettings
@@ -60,13 +60,13 @@ def matching(pattern: str | None) -> Callable[[str, Given], float]:
 def reasoning(text: str, row: Given) -> float:
     """The score of reasoning-gym for an answer to one of its puzzles, from 0 to 1."""
     try:
-        gym = import_module("reasoning_gym")
+        scorer = resolve_name("reasoning_gym:get_score_answer_fn")
     except ImportError as error:
         raise InputError(
             f"task.reward=reasoning needs reasoning-gym ({error}); run: {install_hint('reasoning')}"
         ) from error
     entry = {"answer": row["answer"], "metadata": row.get("metadata") or {}}
-    return float(gym.get_score_answer_fn(row["puzzle"])(text.strip(), entry))
+    return float(scorer(row["puzzle"])(text.strip(), entry))
 
 
 def from_file(place: str, *, plain: bool) -> Reward:
