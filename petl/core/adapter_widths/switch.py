@@ -25,7 +25,7 @@ from petl.core.adapter_widths.record import nested_of
 from petl.core.compat import LoraLayer
 from petl.core.layers.context import ForwardContext
 from petl.core.layers.layer import Adapter, AdapterLayer
-from petl.core.spec.components import SCALES
+from petl.core.spec.components import SCALES, Components
 from petl.errors import InputError, UnsupportedError, choose
 from petl.system.collectives import is_sharded
 
@@ -108,6 +108,7 @@ class Narrowed:
 
     Attributes:
         swaps: by path of a layer, what is swapped there.
+        in_use: True inside `applied`.
 
     Raises:
         InputError, UnsupportedError: as `at_width`, and for a sharded model.
@@ -132,6 +133,7 @@ class Narrowed:
                 "components; use DDP"
             )
         self.swaps: dict[str, list[Swap]] = {}
+        self.in_use = False
         for path, layer in _layers(model, name):
             if layer.merged:
                 raise InputError(
@@ -155,10 +157,9 @@ class Narrowed:
                 # a linear layer, a convolution, or a dict of parameters
                 is_module = isinstance(held[name], nn.Module)
                 owner = held[name] if is_module else held
-                place = "weight" if is_module else name
-                tensor = owner._parameters[place]
-                make = partial(components.cut, tensor, width, k)
-                swaps.append((owner._parameters, place, make))
+                entries, place = owner._parameters, "weight" if is_module else name
+                make = partial(self._cut, components, entries, place, width, k)
+                swaps.append((entries, place, make))
         scaling = layer.scaling[name] * ratio
         return [*swaps, (layer.scaling, name, lambda: scaling)]
 
@@ -183,15 +184,26 @@ class Narrowed:
 
         return layer.adapters, name, views
 
+    @staticmethod
+    def _cut(
+        part: Components, entries: dict[str, Tensor], place: str, width: int, k: int
+    ) -> Tensor:
+        return part.cut(entries[place], width, k)
+
     @contextmanager
     def applied(self) -> Generator[None]:
-        """Inside the block the layers compute at this width."""
+        """Inside the block the layers compute at this width; again inside it, nothing changes."""
+        if self.in_use:
+            yield
+            return
         swaps = [swap for swaps in self.swaps.values() for swap in swaps]
         kept = [(entries, key, entries[key]) for entries, key, _ in swaps]
+        self.in_use = True
         try:
             for entries, key, make in swaps:
                 entries[key] = make()
             yield
         finally:
+            self.in_use = False
             for entries, key, value in kept:
                 entries[key] = value

@@ -147,7 +147,7 @@ class ForwardContext:
         tasks, before = self.tasks, (self.given_tasks, self.rows)
         if tasks is not None:
             self.given_tasks = tasks.select(rows, of)
-        self.rows = rows
+        self.rows = rows if self.rows is None else [self.rows[row] for row in rows]
         try:
             yield
         finally:

@@ -191,4 +191,6 @@ def test_after_some_rows_a_layer_has_all_of_them_again():
     context.keep_mask(nn.Identity(), (), {"attention_mask": mask})
     with context.only_rows([2, 0], 3):
         assert torch.equal(context.token_mask(torch.ones(2, 2, 4)), mask[[2, 0]])
+        with context.only_rows([1], 2):  # the second of the two
+            assert torch.equal(context.token_mask(torch.ones(1, 2, 4)), mask[[0]])
     assert torch.equal(context.token_mask(torch.ones(3, 2, 4)), mask)

@@ -417,6 +417,13 @@ def test_shared_weights_stay_shared_without_values():
         assert base.lm_head.weight is base.model.embed_tokens.weight
 
 
+def test_the_pass_of_a_smaller_width_is_part_of_the_plan(tiny):
+    plain, nested = plan(tiny, "+method=lora"), plan(tiny, "+method=lora", "+loss=nested")
+    assert not nested.memory.unknown
+    assert nested.memory.pass_.kept > plain.memory.pass_.kept
+    assert nested.memory.pass_.operations > 1.2 * plain.memory.pass_.operations
+
+
 def test_the_memory_of_a_pass_that_reads_values_is_unknown():
     class Asking(nn.Module):
         def __init__(self) -> None:
