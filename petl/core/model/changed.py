@@ -86,6 +86,7 @@ def load_changed(
                 output_loading_info=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are in the report, and raise below
+                use_kernels=False,  # as where base models are loaded
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from error

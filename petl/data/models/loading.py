@@ -317,6 +317,7 @@ def pretrained_model(
             output_loading_info=True,
             use_safetensors=True,  # other formats can contain code
             ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
+            use_kernels=False,  # code of the Hub, in place of layers that an adapter reaches
             **source.options(),
             **settings,
         )

@@ -100,6 +100,7 @@ def test_minilm_loads_from_its_package_with_a_new_head_only():
     assert model.num_parameters() == 22_718_991  # published with the baselines
     assert model.config.id2label[14] == "14"
     assert not model.training
+    assert not model.use_kernels
 
 
 def test_a_model_on_the_meta_device_reads_no_weights():
