@@ -1,5 +1,6 @@
 """Fixtures of all tests: one thread, no network, fixed seeds, restored signal handlers and log."""
 
+import atexit
 import gc
 import logging
 import os
@@ -68,6 +69,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # triton prints what the last collection does not find
         gc.set_threshold(20_000, 10, 5)
         gc.enable()
 
